@@ -1,0 +1,318 @@
+"""DQN: Q-learning with a network, a replay memory that breaks up time, and a target network that stands still.
+
+      ┌──────────────────────────── one process ────────────────────────────┐
+      │                                                                     │
+      │   Envs (B copies) ◄── ε-greedy actions ── Actor ◄── online Q        │
+      │        │                                                ▲           │
+      │        └── n-step transitions ──► Replay ── batch ──► Learner       │
+      │                                     ▲                  │  │         │
+      │                                     └── priorities ────┘  └─► target│
+      │                                        (if prioritised)       Q     │
+      └─────────────────────────────────────────────────────────────────────┘
+
+This is Q-learning with: a network for the table, a replay memory, and a target network copied from the online one every
+`target_period` updates (Mnih et al., 2015, "Human-level control through deep reinforcement learning", algorithm 1). On
+top, each with a switch of its own: double Q-learning (van Hasselt et al., 2016), dueling heads (Wang et al., 2016), n-step
+returns (Sutton, 1988; in DQN by Hessel et al., 2018), prioritised replay (Schaul et al., 2016).
+
+Differs from the paper: Adam; B copies act together and one update follows every `update_period` vector steps, so that the
+replay ratio is batch_size / (B · update_period). An episode that ends at a time limit is bootstrapped from; importance
+weights are divided by the largest of their batch.
+
+Book: chapter 03
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rlbook.data import Transition
+from rlbook.harness.config import RunConfig, at_least, within
+from rlbook.harness.run import Result, Run
+from rlbook.maths.exploration import linear_schedule
+from rlbook.maths.losses import double_q_td_errors, huber, q_td_errors
+from rlbook.parts.envs import Envs, Step, make_envs, require_discrete
+from rlbook.parts.networks import GreedyPolicy, QNetwork, greedy_action
+from rlbook.parts.replay import PrioritizedReplay, Sample, UniformReplay
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+    """Settings; the defaults solve CartPole-v1 in some seconds of training."""
+
+    num_envs: int = 16
+    """Copies of the environment that step together (1 in the paper)."""
+    double: bool = True
+    """Choose the next action by the online network, value it by the target network."""
+    dueling: bool = False
+    """Separate heads for the value and the advantages."""
+    n_step: int = 3
+    """Steps of reward before the bootstrap (1 in the paper)."""
+    prioritized: bool = False
+    """Sample by TD error instead of uniformly."""
+    priority_exponent: float = 0.6
+    """α: 0 samples uniformly (0.6 in Schaul et al., 2016, proportional)."""
+    importance_exponent: float = 0.4
+    """β at the start, annealed linearly to 1 (0.4 in Schaul et al., 2016)."""
+    replay_capacity: int = 50_000
+    """Transitions kept (1 M in the paper)."""
+    learning_starts: int = 1_000
+    """Transitions in replay before the first update (50 000 in the paper)."""
+    batch_size: int = 128
+    """Transitions of one update (32 in the paper)."""
+    update_period: int = 1
+    """Vector steps between updates (4 steps of one copy in the paper)."""
+    target_period: int = 250
+    """Updates between copies to the target network (10 000 in the paper)."""
+    learning_rate: float = 1e-3
+    """Adam's step size."""
+    discount: float = 0.99
+    """γ (0.99 in the paper)."""
+    epsilon_end: float = 0.01
+    """Final probability of a random action (0.1 in the paper)."""
+    epsilon_steps: int = 10_000
+    """Environment steps over which ε falls from 1 (1 M frames in the paper)."""
+    max_gradient_norm: float = 10.0
+    """The gradient is scaled down to this Euclidean norm."""
+    hidden_sizes: tuple[int, ...] = (128, 128)
+    """Fully connected layers of the torso."""
+
+    def __post_init__(self) -> None:
+        """Refuses bad values."""
+        super().__post_init__()
+        at_least(self, 1, "n_step", "replay_capacity", "batch_size", "update_period")
+        at_least(self, 1, "target_period", "learning_starts", "epsilon_steps")
+        within(self, 0.0, 1.0, "discount", "epsilon_end", "priority_exponent")
+        within(self, 0.0, 1.0, "importance_exponent")
+        at_least(self, 0.0, "learning_rate", "max_gradient_norm")
+        if self.learning_starts > self.replay_capacity:
+            raise ValueError(
+                f"learning_starts: {self.learning_starts} transitions never fit into a replay_capacity"
+                f" of {self.replay_capacity}"
+            )
+
+
+PRESETS = {
+    "default": Config(),
+    "paper": Config(
+        env_id="ALE/Pong-v5",
+        num_envs=1,
+        total_env_steps=50_000_000,
+        double=False,
+        n_step=1,
+        replay_capacity=1_000_000,
+        learning_starts=50_000,
+        batch_size=32,
+        update_period=4,
+        target_period=10_000,
+        learning_rate=6.25e-5,
+        epsilon_end=0.1,
+        epsilon_steps=1_000_000,
+        torch_threads=2,
+    ),
+    "vanilla": Config(double=False, n_step=1),
+}
+
+
+class NStepWindow:
+    """Folds n steps of B copies into transitions: R = Σ γ^k r_k, discount = Π γ d_k, observation after the last.
+
+    A window that meets the end of an episode stops there, with the discount of the steps really taken: 0 after a
+    termination, γ^k after a truncation, with the final observation to bootstrap from.
+    """
+
+    def __init__(self, n_step: int, discount: float) -> None:
+        self.discount = discount
+        self.steps: deque[Step] = deque(maxlen=n_step)
+
+    def push(self, step: Step) -> Transition | None:
+        """The transitions that began n steps ago `[≤ B]`; None until the window is full."""
+        self.steps.append(step)
+        if len(self.steps) < (self.steps.maxlen or 1):
+            return None
+        start = self.steps[0]
+        r_t = start.r_t.copy()
+        discount_t = np.float32(self.discount) * start.discount_t
+        obs_t = start.obs_t.copy()
+        alive = start.valid & ~start.ended
+        for later in list(self.steps)[1:]:
+            if not alive.any():
+                break
+            r_t += np.where(alive, discount_t * later.r_t, np.float32(0))
+            folded = discount_t * np.float32(self.discount) * later.discount_t
+            discount_t = np.where(alive, folded, discount_t)
+            obs_t[alive] = later.obs_t[alive]
+            alive = alive & ~later.ended
+        columns = Transition(start.obs_tm1, start.a_tm1, r_t, discount_t, obs_t)
+        return columns if start.valid.all() else Transition(*(c[start.valid] for c in columns))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The steps in the window."""
+        return {"steps": [step._asdict() for step in self.steps]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state_dict`."""
+        self.steps.clear()
+        self.steps.extend(Step(**step) for step in state["steps"])
+
+
+class Actor:
+    """Steps the environments ε-greedily and hands on n-step transitions."""
+
+    def __init__(self, envs: Envs, online: QNetwork, config: Config) -> None:
+        self.envs, self.online, self.config = envs, online, config
+        self.num_actions = require_discrete(envs, "dqn")
+        self.window = NStepWindow(config.n_step, config.discount)
+        self.rng = np.random.default_rng([config.seed, 1])
+
+    def step(self, epsilon: float) -> tuple[Transition | None, int]:
+        """One step of every copy: (transitions that are ready, valid steps taken)."""
+        action = greedy_action(self.online, self.envs.env_output.observation)
+        random = self.rng.random(len(action)) < epsilon
+        if random.any():
+            action[random] = self.rng.integers(self.num_actions, size=int(random.sum()))
+        step = self.envs.transition(action)
+        return self.window.push(step), int(step.valid.sum())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The window and the random generator."""
+        return {"window": self.window.state_dict(), "rng": self.rng.bit_generator.state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state_dict`."""
+        self.window.load_state_dict(state["window"])
+        self.rng.bit_generator.state = state["rng"]
+
+
+def td_errors(online: nn.Module, target: nn.Module, batch: Transition, double: bool) -> Tensor:
+    """r + γ Q_target(x', a*) − Q(x, a), `[N]`; a* is the best action of the target network, or of the online one."""
+    q_tm1 = online(batch.obs_tm1)
+    rows = {"a_tm1": batch.a_tm1, "r_t": batch.r_t, "discount_t": batch.discount_t}
+    with torch.no_grad():
+        q_t = target(batch.obs_t)
+        q_t_selector = online(batch.obs_t) if double else None
+    if q_t_selector is None:
+        return q_td_errors(q_tm1=q_tm1, q_t=q_t, **rows)
+    return double_q_td_errors(q_tm1=q_tm1, q_t_selector=q_t_selector, q_t_value=q_t, **rows)
+
+
+class Learner:
+    """Fits the online network to targets that the target network makes."""
+
+    def __init__(self, online: QNetwork, target: QNetwork, config: Config) -> None:
+        self.online, self.target, self.config = online, target, config
+        self.target.load_state_dict(online.state_dict())
+        self.optimizer = torch.optim.Adam(online.parameters(), lr=config.learning_rate, fused=True)
+        self.updates = 0
+
+    def update(self, sample: Sample) -> tuple[np.ndarray, dict[str, float]]:
+        """One gradient step on a batch: (|TD errors| `[N]`, metrics)."""
+        batch = Transition(*(torch.from_numpy(column) for column in sample.items))
+        errors = td_errors(self.online, self.target, batch, self.config.double)
+        weights = torch.from_numpy(sample.weights).to(errors.dtype)
+        loss = (weights * huber(errors)).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.online.parameters(), self.config.max_gradient_norm)
+        self.optimizer.step()
+        self.updates += 1
+        if self.updates % self.config.target_period == 0:
+            self.target.load_state_dict(self.online.state_dict())
+        absolute = errors.detach().abs()
+        metrics = {"loss": loss, "td_error_mean": absolute.mean(), "gradient_norm": norm}
+        return absolute.numpy(), {name: value.item() for name, value in metrics.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both networks, the optimiser and the count of updates."""
+        return {
+            "online": self.online.state_dict(),
+            "target": self.target.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "updates": self.updates,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state_dict`."""
+        self.online.load_state_dict(state["online"])
+        self.target.load_state_dict(state["target"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.updates = state["updates"]
+
+
+def make_network(config: Config, envs: Envs) -> QNetwork:
+    """A Q-network for the environment's observations and actions."""
+    num_actions = require_discrete(envs, "dqn")
+    shape = envs.observation_space.shape or ()
+    return QNetwork(shape, num_actions, config.hidden_sizes, config.dueling)
+
+
+def make_replay(config: Config) -> UniformReplay | PrioritizedReplay:
+    """The replay memory that the config asks for."""
+    if not config.prioritized:
+        return UniformReplay(config.replay_capacity, seed=config.seed)
+    return PrioritizedReplay(
+        config.replay_capacity,
+        priority_exponent=config.priority_exponent,
+        importance_exponent=config.importance_exponent,
+        seed=config.seed,
+    )
+
+
+def load_policy(config: Config, parts: dict[str, Any]) -> GreedyPolicy:
+    """The greedy policy of a checkpoint."""
+    network = make_network(config, make_envs(config.env_id, 1, config.seed))
+    network.load_state_dict(parts["learner"]["online"])
+    return GreedyPolicy(network)
+
+
+def learn(
+    learner: Learner, replay: UniformReplay | PrioritizedReplay, config: Config, env_steps: int
+) -> dict[str, float]:
+    """Samples, updates, and writes the new priorities back."""
+    if not isinstance(replay, PrioritizedReplay):
+        return learner.update(replay.sample(config.batch_size))[1]
+    beta = linear_schedule(
+        env_steps, start=config.importance_exponent, end=1.0, steps=config.total_env_steps
+    )
+    sample = replay.sample(config.batch_size, importance_exponent=beta)
+    priorities, metrics = learner.update(sample)
+    replay.update_priorities(sample.keys, priorities + 1e-6)
+    return metrics
+
+
+def train(config: Config) -> Result:
+    """Acts, remembers and learns in turns until the run is over."""
+    torch.set_num_threads(config.torch_threads)
+    torch.manual_seed(config.seed)
+    envs = make_envs(config.env_id, config.num_envs, config.seed)
+    online, target = make_network(config, envs), make_network(config, envs)
+    actor, learner, replay = (
+        Actor(envs, online, config),
+        Learner(online, target, config),
+        make_replay(config),
+    )
+    parts = {"envs": envs, "actor": actor, "learner": learner, "replay": replay}
+    turn = 0
+    with Run("dqn", config, GreedyPolicy(online), parts) as run:
+        while run.running():
+            epsilon = linear_schedule(
+                run.env_steps, start=1.0, end=config.epsilon_end, steps=config.epsilon_steps
+            )
+            transitions, env_steps = actor.step(epsilon)
+            if transitions is not None and len(transitions.r_t):
+                replay.add(transitions)
+            turn += 1
+            learns = len(replay) >= config.learning_starts and turn % config.update_period == 0
+            metrics = learn(learner, replay, config, run.env_steps) if learns else {}
+            run.record(
+                env_steps=env_steps,
+                learner_steps=int(learns),
+                episodes=envs.episodes(),
+                metrics={**metrics, "epsilon": epsilon},
+            )
+    envs.close()
+    return run.result()

@@ -1,0 +1,109 @@
+"""What every run is told: one frozen dataclass for each system, and the fields that all of them share."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+C = TypeVar("C", bound="BaseConfig")
+
+RUN_FIELDS = frozenset(
+    {"run_dir", "resume", "stop_at_return", "progress", "checkpoint_every_s", "log_every_env_steps"}
+)
+"""Fields that may differ between a run and its continuation (with the length of the run)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig:
+    """What even a tabular system is told."""
+
+    env_id: str = "CartPole-v1"
+    """Gymnasium id of the environment."""
+    seed: int = 1
+    """Seeds the environments, the networks and every random draw."""
+    run_dir: str | None = None
+    """Folder to keep the run in; must not exist. None keeps nothing on disk."""
+    resume: str | None = None
+    """Run folder to continue from its checkpoint."""
+    progress: bool = True
+    """Show a progress line (never where there is no terminal or notebook)."""
+
+    def __post_init__(self) -> None:
+        """Refuses bad values: ValueError names the field, what is wrong and what is allowed."""
+        if self.seed < 0:
+            raise ValueError(f"seed: must be 0 or larger, got {self.seed}")
+        if self.run_dir is not None and self.resume is not None:
+            raise ValueError("run_dir: leave it out with resume, which continues in its own folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(BaseConfig):
+    """What every system that learns from environment steps is told."""
+
+    num_envs: int = 32
+    """Copies of the environment that step together (B)."""
+    total_env_steps: int = 500_000
+    """Stop after so many environment steps (agent decisions)."""
+    stop_at_return: float | None = None
+    """Stop when solved: the training mean reaches this return and 100 fresh episodes confirm it."""
+    log_every_env_steps: int = 5_000
+    """One row of metrics for so many environment steps."""
+    checkpoint_every_s: float = 60.0
+    """Seconds between checkpoints (with a run folder); one more at the end."""
+    torch_threads: int = 1
+    """Threads of PyTorch in this process; small networks are fastest with 1."""
+
+    def __post_init__(self) -> None:
+        """Refuses bad values."""
+        super().__post_init__()
+        at_least(self, 1, "num_envs", "total_env_steps", "log_every_env_steps", "torch_threads")
+        at_least(self, 0, "checkpoint_every_s")
+
+
+def at_least(config: Any, minimum: float, *fields: str) -> None:
+    """ValueError for the first of `fields` that is below `minimum` (or no number)."""
+    for field in fields:
+        value = getattr(config, field)
+        if not value >= minimum:
+            raise ValueError(f"{field}: must be at least {minimum}, got {value}")
+
+
+def within(config: Any, low: float, high: float, *fields: str) -> None:
+    """ValueError for the first of `fields` outside [low, high]."""
+    for field in fields:
+        value = getattr(config, field)
+        if not low <= value <= high:
+            raise ValueError(f"{field}: must be between {low} and {high}, got {value}")
+
+
+def one_of(config: Any, field: str, allowed: tuple[str, ...]) -> None:
+    """ValueError if a field is none of the allowed words."""
+    value = getattr(config, field)
+    if value not in allowed:
+        raise ValueError(f"{field}: must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def config_to_json(config: BaseConfig) -> dict[str, Any]:
+    """The fields as plain values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def config_from_json(config_type: type[C], values: dict[str, Any], source: Path) -> C:
+    """A config from `config_to_json`; ValueError if the fields are not those of `config_type`."""
+    names = {field.name for field in dataclasses.fields(config_type)}
+    unknown = sorted(set(values) - names)
+    if unknown:
+        raise ValueError(f"{source}: fields that {config_type.__module__} does not know: {unknown}")
+    fitted = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    return config_type(**fitted)
+
+
+def refuse_changes(stored: BaseConfig, config: BaseConfig) -> None:
+    """ValueError if a continued run changes anything but its length and its bookkeeping."""
+    allowed = RUN_FIELDS | {"total_env_steps"}
+    fields = [field.name for field in dataclasses.fields(config) if field.name not in allowed]
+    changed = [name for name in fields if getattr(stored, name) != getattr(config, name)]
+    if changed:
+        was = ", ".join(f"{name} was {getattr(stored, name)!r}" for name in changed)
+        raise ValueError(f"resume: a continued run keeps its settings, but {was}")

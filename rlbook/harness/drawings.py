@@ -1,0 +1,196 @@
+"""The book's drawing language: processes as boxes, references as arrows, who waits in a second colour."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+from rlbook.harness.plots import COLORS, use_style
+
+KINDS = {
+    "process": "#DCEBF5",
+    "data": "#FFF3D6",
+    "waits": "#FBDDCB",
+    "lit": "#D55E00",
+    "dim": "#EEF1F4",
+}
+"""Fill of a box: a process, data at rest, a process that waits; in the family tree lit or dim."""
+
+
+class Box(NamedTuple):
+    """A box of a drawing, its centre at (x, y), in units of about a character's height."""
+
+    x: float
+    y: float
+    text: str
+    kind: str = "process"
+    width: float = 3.2
+    height: float = 1.2
+
+
+class Arrow(NamedTuple):
+    """An arrow from box to box (by name); `bend` curves it, `shift` moves its label."""
+
+    start: str
+    end: str
+    label: str = ""
+    bend: float = 0.0
+    shift: tuple[float, float] = (0.0, 0.25)
+    color: str = "ink"
+
+
+def draw(
+    boxes: Mapping[str, Box],
+    arrows: Sequence[Arrow] = (),
+    *,
+    title: str | None = None,
+    size: tuple[float, float] | None = None,
+) -> Figure:
+    """Boxes and arrows as a figure.
+
+    Args:
+        boxes: name → box; `kind` is one of `KINDS`.
+        arrows: what flows from where to where.
+        title: what the drawing shows.
+        size: inches; by default it follows from the boxes.
+
+    Raises:
+        ValueError: an arrow names a box that is not there, or a box has an unknown kind.
+    """
+    use_style()
+    left = min(b.x - b.width / 2 for b in boxes.values()) - 0.4
+    right = max(b.x + b.width / 2 for b in boxes.values()) + 0.4
+    low = min(b.y - b.height / 2 for b in boxes.values()) - 0.5
+    high = max(b.y + b.height / 2 for b in boxes.values()) + 0.5
+    figure, ax = plt.subplots(figsize=size or ((right - left) * 0.5, (high - low) * 0.5))
+    ax.set(xlim=(left, right), ylim=(low, high), aspect="equal")
+    ax.axis("off")
+    for box in boxes.values():
+        _draw_box(ax, box)
+    for arrow in arrows:
+        missing = {arrow.start, arrow.end} - set(boxes)
+        if missing:
+            raise ValueError(
+                f"arrow: there is no box {missing.pop()!r}; boxes are {', '.join(boxes)}"
+            )
+        _draw_arrow(ax, boxes[arrow.start], boxes[arrow.end], arrow)
+    if title:
+        ax.set_title(title)
+    return figure
+
+
+def _draw_box(ax: Axes, box: Box) -> None:
+    if box.kind not in KINDS:
+        raise ValueError(f"kind: must be one of {', '.join(KINDS)}, got {box.kind!r}")
+    lit, dim = box.kind == "lit", box.kind == "dim"
+    corner = (box.x - box.width / 2, box.y - box.height / 2)
+    edge = "#B5BEC7" if dim else COLORS["ink"]
+    shape = "round,pad=0,rounding_size=0.18"
+    ax.add_patch(
+        FancyBboxPatch(
+            corner,
+            box.width,
+            box.height,
+            boxstyle=shape,
+            facecolor=KINDS[box.kind],
+            edgecolor=edge,
+            linewidth=1.2,
+            zorder=2,
+        )
+    )
+    color = "white" if lit else "#5B6670" if dim else COLORS["ink"]
+    weight = "bold" if lit else "normal"
+    ax.text(
+        box.x,
+        box.y,
+        box.text,
+        ha="center",
+        va="center",
+        color=color,
+        weight=weight,
+        fontsize=9,
+        zorder=3,
+        linespacing=1.25,
+    )
+
+
+def _draw_arrow(ax: Axes, start: Box, end: Box, arrow: Arrow) -> None:
+    color = COLORS.get(arrow.color, arrow.color)
+    begin, finish = _edge(start, end), _edge(end, start)
+    ax.add_patch(
+        FancyArrowPatch(
+            begin,
+            finish,
+            arrowstyle="-|>",
+            mutation_scale=11,
+            color=color,
+            linewidth=1.3,
+            connectionstyle=f"arc3,rad={arrow.bend}",
+            shrinkA=1,
+            shrinkB=1,
+            zorder=1.5,
+        )
+    )
+    if arrow.label:
+        dx, dy = finish[0] - begin[0], finish[1] - begin[1]
+        x = (begin[0] + finish[0]) / 2 + arrow.bend * dy / 2 + arrow.shift[0]
+        y = (begin[1] + finish[1]) / 2 - arrow.bend * dx / 2 + arrow.shift[1]
+        ax.text(
+            x,
+            y,
+            arrow.label,
+            ha="center",
+            va="center",
+            fontsize=8,
+            color=color,
+            zorder=4,
+            bbox={"facecolor": COLORS["paper"], "edgecolor": "none", "pad": 1.0},
+        )
+
+
+def _edge(box: Box, toward: Box) -> tuple[float, float]:
+    """Where the line between two centres leaves a box."""
+    dx, dy = toward.x - box.x, toward.y - box.y
+    if dx == 0 and dy == 0:
+        return box.x, box.y
+    scale_x = box.width / 2 / abs(dx) if dx else float("inf")
+    scale_y = box.height / 2 / abs(dy) if dy else float("inf")
+    scale = min(scale_x, scale_y)
+    return box.x + scale * dx, box.y + scale * dy
+
+
+FAMILY = {
+    "01_mdp": Box(0.0, 0.0, "01 MDP\nexact planning"),
+    "02_td": Box(4.4, 0.0, "02 TD\nsamples, tables"),
+    "03_dqn": Box(8.8, 1.6, "03 DQN\n2013–15"),
+    "04_policy_gradient": Box(8.8, -1.6, "04 policy gradient\nA2C, PPO"),
+}
+"""The systems that the book has so far, by chapter."""
+
+DESCENT = [
+    Arrow("01_mdp", "02_td"),
+    Arrow("02_td", "03_dqn"),
+    Arrow("02_td", "04_policy_gradient"),
+]
+
+
+def family_tree(lit: str | None = None) -> Figure:
+    """The family tree of the systems, one chapter's place lit.
+
+    Args:
+        lit: a chapter's stem; None lights none.
+
+    Raises:
+        ValueError: there is no such chapter in the tree.
+    """
+    if lit is not None and lit not in FAMILY:
+        raise ValueError(f"lit: must be one of {', '.join(FAMILY)}, got {lit!r}")
+    boxes = {
+        name: box._replace(kind="lit" if name == lit else "process" if lit is None else "dim")
+        for name, box in FAMILY.items()
+    }
+    arrows = [arrow._replace(color="grey") for arrow in DESCENT]
+    return draw(boxes, arrows)

@@ -1,0 +1,168 @@
+"""Records: long runs kept in the repository with all that is needed to believe and to repeat them.
+
+results/NAME/record.json     system, config, seeds, summaries, curves, machine, versions, commit, command
+results/NAME/policy.npz      the policy of the first seed (a checkpoint without replay and environments)
+results/NAME/episode.mp4     one fresh episode of it, where the environment can be drawn
+"""
+
+import json
+import platform
+import subprocess
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlbook.harness.checkpoint import load_checkpoint, save_checkpoint
+from rlbook.harness.config import config_to_json
+from rlbook.harness.doctor import memory_bytes, usable_cores
+from rlbook.harness.run import Result, system_module, versions
+
+POINTS = 200
+"""Rows of a curve that a record keeps."""
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """One seed of a record: `.curves` and `.metrics` as a `Result` has them."""
+
+    metrics: dict[str, Any]
+    curves: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record as the chapters read it."""
+
+    name: str
+    system: str
+    config: dict[str, Any]
+    command: str
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    commit: str
+    runs: list[RecordedRun]
+
+    def median(self, metric: str) -> float:
+        """Median of a final metric over the seeds (seeds without it count as infinitely bad: NaN is refused)."""
+        values = [run.metrics[metric] for run in self.runs]
+        if any(value is None for value in values):
+            raise ValueError(f"{self.name}: not every seed has {metric!r}")
+        return float(np.median(values))
+
+    @property
+    def solved(self) -> int:
+        """Seeds that were solved."""
+        return sum(run.metrics["stopped_because"] == "solved" for run in self.runs)
+
+    @property
+    def where(self) -> str:
+        """The machine in a few words."""
+        gib = self.machine["memory_gib"]
+        return f"{self.machine['cores']} cores, {gib:.0f} GiB, {self.machine['gpu'] or 'no GPU'}"
+
+
+def machine() -> dict[str, Any]:
+    """Cores, memory and GPU; nothing that names a host."""
+    import torch
+
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
+    return {
+        "cores": usable_cores(),
+        "memory_gib": round(memory_bytes() / 2**30, 1),
+        "gpu": gpu,
+        "system": platform.system(),
+        "processor": platform.machine(),
+    }
+
+
+def make_record(folder: Path, system: str, config: Any, seeds: int, command: str) -> Path:
+    """Trains `seeds` seeds from `config.seed` on and keeps the record; returns the path of `record.json`.
+
+    Raises:
+        ValueError: the folder exists, or seeds < 1.
+    """
+    if folder.exists():
+        raise ValueError(f"record: {folder} exists; remove it or choose another name")
+    if seeds < 1:
+        raise ValueError(f"seeds: must be at least 1, got {seeds}")
+    results = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for index in range(seeds):
+            run_dir = str(Path(scratch) / f"seed{index}")
+            seeded = replace(config, seed=config.seed + index, run_dir=run_dir)
+            results.append(system_module(system).train(seeded))
+        folder.mkdir(parents=True)
+        state = load_checkpoint(Path(scratch) / "seed0" / "checkpoint.npz")
+    _keep_policy(folder, state, results[0])
+    document = {
+        "name": folder.name,
+        "system": system,
+        "config": {**config_to_json(config), "run_dir": None, "resume": None},
+        "command": command,
+        "machine": machine(),
+        "versions": versions(),
+        "commit": _commit(),
+        "runs": [{"metrics": result.metrics, "curves": _thin(result.curves)} for result in results],
+    }
+    path = folder / "record.json"
+    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    return path
+
+
+def record(name: str) -> Record:
+    """A record by its name, from the nearest folder `results/` at or above the current one.
+
+    Raises:
+        ValueError: there is no such record.
+    """
+    for folder in (Path.cwd(), *Path.cwd().parents):
+        path = folder / "results" / name / "record.json"
+        if path.is_file():
+            document = json.loads(path.read_text())
+            runs = [
+                RecordedRun(run["metrics"], {k: _array(v) for k, v in run["curves"].items()})
+                for run in document.pop("runs")
+            ]
+            return Record(runs=runs, **document)
+    raise ValueError(f"record: there is no results/{name}/record.json here or above")
+
+
+def _keep_policy(folder: Path, state: dict[str, Any], result: Result) -> None:
+    parts = {name: part for name, part in state["parts"].items() if name == "learner"}
+    if "learner" in parts:
+        parts["learner"] = {k: v for k, v in parts["learner"].items() if k != "optimizer"}
+    save_checkpoint(folder / "policy.npz", {"system": state["system"], "parts": parts})
+    try:
+        result.video(folder / "episode.mp4")
+    except (ValueError, AttributeError, NotImplementedError):
+        (folder / "episode.mp4").unlink(missing_ok=True)
+
+
+def _thin(curves: dict[str, np.ndarray]) -> dict[str, list[float | None]]:
+    """At most `POINTS` rows of each curve, the last one included, rounded to six digits."""
+    rows = max((len(curve) for curve in curves.values()), default=0)
+    kept = np.unique(np.linspace(0, rows - 1, min(rows, POINTS)).round().astype(int))
+    return {
+        name: [None if np.isnan(v) else float(f"{v:.6g}") for v in curve[kept]]
+        for name, curve in curves.items()
+    }
+
+
+def _array(values: list[float | None]) -> np.ndarray:
+    return np.array([np.nan if value is None else value for value in values])
+
+
+def _commit() -> str:
+    run = subprocess.run(
+        ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
+    )
+    dirty = subprocess.run(
+        ["git", "status", "--porcelain", "--", "rlbook"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return run.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")

@@ -1,0 +1,1 @@
+"""The parts that systems are built from: environments, networks, replay, unrolls."""

@@ -1,0 +1,1 @@
+"""What knows of processes: runtimes and servers."""
