@@ -1,4 +1,4 @@
-"""One place that refuses wrong shapes, so that a mistake names its argument instead of broadcasting.
+"""One place that refuses wrong shapes: a mistake names its argument instead of broadcasting.
 
 Broadcasting is how most bugs in returns hide: `[T, B]` rewards plus `[T]` values "work" whenever
 T = B. Every function of `rlbook.maths` therefore calls one of these checks first.
@@ -53,7 +53,7 @@ def check_valid(valid: Tensor | None, *, like: Tensor) -> None:
 def check_time_major(
     *, bootstrap_value: Tensor, valid: Tensor | None = None, **tensors: Tensor
 ) -> None:
-    """`tensors` are `[T, ...]` with T >= 1, `bootstrap_value` is `[...]`, `valid` bool `[T, ...]`."""
+    """`tensors` are `[T, ...]`, T >= 1; `bootstrap_value` is `[...]`; `valid` bool `[T, ...]`."""
     check_floats(**tensors)
     name, reference = next(iter(tensors.items()))
     if reference.ndim == 0 or reference.shape[0] == 0:

@@ -16,7 +16,7 @@ def linear_schedule(step: int, *, start: float, end: float, steps: int) -> float
 
 
 def exponential_schedule(step: int, *, start: float, end: float, steps: int) -> float:
-    """From `start` to `end` by the same *factor* each step: start (end/start)^(step/steps), then `end`.
+    """From `start` to `end` by one *factor* a step: start (end/start)^(step/steps), then `end`.
 
     Raises:
         ValueError: step < 0, steps < 1, or start or end is not positive.
@@ -29,10 +29,10 @@ def exponential_schedule(step: int, *, start: float, end: float, steps: int) -> 
 def epsilon_ladder(
     num_actors: int, *, base: float = 0.4, alpha: float = 7.0
 ) -> NDArray[np.float64]:
-    """ε_i = base^(1 + α i/(N-1)) for actor i of N (Ape-X, Horgan et al., arXiv:1803.00933, section 4).
+    """ε_i = base^(1 + α i/(N-1)) for actor i of N (Ape-X, Horgan et al., arXiv:1803.00933).
 
-    Each actor keeps its ε for the whole run, so that there are always actors that explore and actors
-    that nearly follow the greedy policy. One actor alone gets `base`.
+    Each actor keeps its ε for the whole run, so that there are always actors that explore and
+    actors that nearly follow the greedy policy. One actor alone gets `base`.
 
     Returns:
         float64 `[num_actors]`, the most exploring first.

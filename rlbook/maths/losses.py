@@ -15,7 +15,7 @@ Metrics = dict[str, Tensor]
 
 
 def masked_mean(x: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Mean of `x` `[...]` over the rows where `valid` is True; 0 if there is none. A scalar tensor."""
+    """Mean of `x` `[...]` over the rows where `valid` is True, a scalar; 0 if there is none."""
     check_floats(x=x)
     check_valid(valid, like=x)
     if valid is None:
@@ -24,14 +24,14 @@ def masked_mean(x: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 def log_prob(logits: Tensor, actions: Tensor) -> Tensor:
-    """log π(a|x) `[...]` of `actions` `[...]` under softmax of `logits` `[..., A]`; differentiable."""
+    """log π(a|x) `[...]` of `actions` `[...]` under the softmax of `logits` `[..., A]`."""
     check_floats(logits=logits)
     check_actions("actions", actions, values=logits, values_name="logits")
     return _pick(logits.log_softmax(-1), actions)
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """H(π(·|x)) = -Σ_a π(a|x) log π(a|x), in nats, `[...]` from finite `logits` `[..., A]`; differentiable."""
+    """-Σ_a π(a|x) log π(a|x), in nats, `[...]` from `logits` `[..., A]`, which must be finite."""
     check_floats(logits=logits)
     log_probs = logits.log_softmax(-1)
     return -(log_probs.exp() * log_probs).sum(-1)
@@ -40,7 +40,7 @@ def entropy(logits: Tensor) -> Tensor:
 def policy_gradient_loss(
     *, logits: Tensor, actions: Tensor, advantages: Tensor, valid: Tensor | None = None
 ) -> Tensor:
-    """-mean[A log π(a|x)]: its gradient is the policy gradient (Sutton and Barto, 2018, section 13.3).
+    """-mean[A log π(a|x)]: its gradient is the policy gradient (Sutton and Barto, ch. 13).
 
     Args:
         logits: `[..., A]` of the policy that learns.
@@ -72,7 +72,7 @@ def clipped_surrogate_loss(
     clip: float,
     valid: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """PPO's -mean[min(ratio A, clip(ratio, 1-ε, 1+ε) A)] (Schulman et al., arXiv:1707.06347, eq. 7).
+    """PPO's -mean[min(ratio A, clip(ratio, 1-ε, 1+ε) A)] (arXiv:1707.06347, eq. 7).
 
     Args:
         log_probs: `[...]`, log π(a|x) of the policy that learns.
@@ -83,8 +83,8 @@ def clipped_surrogate_loss(
 
     Returns:
         The loss, and metrics without gradient: `clip_fraction`, the share of rows whose ratio lies
-        outside [1-ε, 1+ε], and `approx_kl`, mean[(ratio - 1) - log ratio], which estimates KL(μ‖π) in nats
-        and is never negative.
+        outside [1-ε, 1+ε], and `approx_kl`, mean[(ratio - 1) - log ratio], which estimates
+        KL(μ‖π) in nats and is never negative.
 
     Raises:
         ValueError: shapes or dtypes differ, or clip <= 0.
@@ -116,8 +116,8 @@ def clipped_value_loss(
 ) -> Tensor:
     """½ mean[max((V - target)², (V_clip - target)²)], V_clip within ±ε of the value at acting time.
 
-    Not in the paper's text but in OpenAI's baselines `ppo2`; whether it helps is doubtful (Andrychowicz et
-    al., arXiv:2006.05990). All `[...]`; gradient through `values` only; clip > 0.
+    Not in the paper's text but in OpenAI's baselines `ppo2`; whether it helps is doubtful
+    (Andrychowicz et al., arXiv:2006.05990). All `[...]`; gradient through `values` only; clip > 0.
     """
     check_floats(values=values, behaviour_values=behaviour_values, targets=targets)
     check_number("clip", clip, least=0.0, open_left=True)
@@ -158,9 +158,10 @@ def double_q_td_errors(
     q_t_selector: Tensor,
     q_t_value: Tensor,
 ) -> Tensor:
-    """δ = r_t + γ_t q_value(argmax_a q_selector(a)) - q_tm1(a_tm1) (double DQN, arXiv:1509.06461, eq. 4).
+    """δ = r_t + γ_t q_value(argmax_a q_selector(a)) - q_tm1(a_tm1).
 
-    One network chooses, another judges, so that noise is not taken for value.
+    Double DQN (van Hasselt et al., arXiv:1509.06461, eq. 4): one network chooses, another judges,
+    so that noise is not taken for value.
 
     Args:
         q_tm1: `[B, A]`, online Q-values where the action was taken.
@@ -168,7 +169,7 @@ def double_q_td_errors(
         r_t: `[B]`, the reward, or the discounted sum of n rewards.
         discount_t: `[B]`, γ (γ^k after k steps), 0 at a termination.
         q_t_selector: `[B, A]`, online Q-values where it led: they choose the action; no gradient.
-        q_t_value: `[B, A]`, target network's Q-values there: they say what it is worth; no gradient.
+        q_t_value: `[B, A]`, target network's Q-values there: they judge it; no gradient.
 
     Returns:
         `[B]`; gradient through `q_tm1` only.
@@ -182,7 +183,7 @@ def double_q_td_errors(
 
 
 def huber(x: Tensor, delta: float = 1.0) -> Tensor:
-    """½x² where |x| <= δ, δ(|x| - ½δ) beyond; elementwise, any shape. Its slope is x clipped to ±δ."""
+    """½x² where |x| <= δ, δ(|x| - ½δ) beyond, elementwise: its slope is x clipped to ±δ."""
     check_floats(x=x)
     check_number("delta", delta, least=0.0, open_left=True)
     return F.huber_loss(x, torch.zeros_like(x), reduction="none", delta=delta)
@@ -194,7 +195,7 @@ def normalize_advantages(
 ) -> Tensor:
     """(A - mean) / (std + ε) over the valid rows; 0 on the others; without gradient.
 
-    The standard deviation divides by the number of rows (not by one less), so one row gives 0, not NaN.
+    The standard deviation divides by the number of rows, not by one less: one row gives 0, not NaN.
     """
     centred = advantages - masked_mean(advantages, valid)
     if valid is not None:

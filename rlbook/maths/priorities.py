@@ -1,8 +1,8 @@
 """Prioritised replay: who is drawn how often, and how the loss makes up for it.
 
 Schaul et al., arXiv:1511.05952, section 3; the priority of a sequence is R2D2's (ICLR 2019, section
-2.3). The first two work alike on numpy arrays and torch tensors, because replay lives on numpy's side and may
-live in a process of its own; this module therefore imports torch for its types only.
+2.3). The first two work alike on numpy arrays and torch tensors, because replay lives on numpy's
+side and may live in a process of its own; this module therefore imports torch for its types only.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def sampling_probabilities(priorities: Array, *, exponent: float) -> Array:
     """P(i) = p_i^α / Σ_k p_k^α (arXiv:1511.05952, eq. 1).
 
-    α = 0 draws uniformly, α = 1 in proportion. A priority of 0 is never drawn, whatever α is (0⁰ counts as
-    0 here), unless all are 0: then all are drawn alike, for something must be.
+    α = 0 draws uniformly, α = 1 in proportion. A priority of 0 is never drawn, whatever α is (0⁰
+    counts as 0 here), unless all are 0: then all are drawn alike, for something must be.
 
     Args:
         priorities: `[N]`, p_i: finite, not negative.
@@ -49,11 +49,12 @@ def powered_priorities(priorities: Array, *, exponent: float) -> Array:
 def importance_weights(
     probabilities: Array, *, size: int, exponent: float, normalize: bool = True
 ) -> Array:
-    """w_i = (N P(i))^-β / max_j w_j (arXiv:1511.05952, section 3.4): undoes the bias of not drawing uniformly.
+    """w_i = (N P(i))^-β / max_j w_j (arXiv:1511.05952, section 3.4).
 
-    The maximum is over the *batch* given here, as in dqn_zoo, Acme and SEED RL; baselines and TorchRL
-    take it over the whole buffer, which gives smaller weights. Dividing by it means that weights only ever
-    shrink a step; N cancels. With shards, P(i) must be the probability over all shards together.
+    It undoes the bias of not drawing uniformly. The maximum is over the *batch* given here, as in
+    dqn_zoo, Acme and SEED RL; baselines and TorchRL take it over the whole buffer, which gives
+    smaller weights. Dividing by it means that weights only ever shrink a step; N cancels. With
+    shards, P(i) must be the probability over all shards together.
 
     Args:
         probabilities: `[B]`, P(i) > 0 of the items drawn.
@@ -84,7 +85,7 @@ def sequence_priority(
 ) -> torch.Tensor:
     """p = η max_t |δ_t| + (1 - η) mean_t |δ_t| of each sequence (R2D2, ICLR 2019, section 2.3).
 
-    A plain mean over a long sequence washes large errors out; a plain maximum knows only one of them.
+    A mean over a long sequence washes large errors out; a maximum knows only one of them.
 
     Args:
         td_errors: `[T, ...]`, δ_t, without the burn-in.

@@ -12,7 +12,7 @@ from rlbook.maths.checks import check_floats, check_number
 
 
 def h(x: Tensor, epsilon: float = 1e-3) -> Tensor:
-    """h(x) = sign(x) (√(|x| + 1) - 1) + ε x, any shape, differentiable (arXiv:1805.11593, Prop. A.2).
+    """h(x) = sign(x) (√(|x| + 1) - 1) + ε x, any shape, differentiable.
 
     Raises:
         ValueError: `x` is not a float32 or float64 tensor, or ε < 0.
@@ -26,8 +26,9 @@ def h(x: Tensor, epsilon: float = 1e-3) -> Tensor:
 def h_inverse(x: Tensor, epsilon: float = 1e-3) -> Tensor:
     """h⁻¹(x) = sign(x) (((√(1 + 4ε(|x| + 1 + ε)) - 1) / 2ε)² - 1), any shape, differentiable.
 
-    With s the root and u = (s - 1) / 2ε = 2 (|x| + 1 + ε) / (s + 1), both u - 1 and u² - 1 = (u - 1)(u + 1) can be
-    written without a difference of near numbers, and ε = 0 needs no special case.
+    With s the root and u = (s - 1) / 2ε = 2 (|x| + 1 + ε) / (s + 1), the result is sign(x) (u² -
+    1). u - 1 is |x| times a factor that has no difference of near numbers, and u² - 1 = (u - 1)(u +
+    1); ε = 0 needs no special case.
 
     Raises:
         ValueError: `x` is not a float32 or float64 tensor, or ε < 0.

@@ -10,9 +10,9 @@ problem, and `valid` is False on it. On such a row the return is `values[t]` and
 the row before it bootstraps from the value of the *final observation*, and nothing of the next
 episode is seen. After a termination `discounts[t - 1]` is 0, and that value counts for nothing.
 
-All functions are keyword-only, keep float32 or float64 as it comes in, and return targets: no gradient
-flows through them. `[T, ...]` may have any number of axes after time. Sources: Sutton and Barto,
-Reinforcement Learning (2018), ch. 7 and 12; Schulman et al., arXiv:1506.02438.
+All functions are keyword-only, keep float32 or float64 as it comes in, and return targets: no
+gradient flows through them. `[T, ...]` may have any number of axes after time. Sources: Sutton and
+Barto, Reinforcement Learning (2018), ch. 7 and 12; Schulman et al., arXiv:1506.02438.
 """
 
 import torch
@@ -76,8 +76,8 @@ def n_step_returns(
     """n-step return G_t = r_t + γ_t r_{t+1} + … + (γ_t ⋯ γ_{t+n-1}) V(x_{t+n}) (ibid., eq. 7.1).
 
     Where fewer than n rows are left, or an episode is cut off sooner, it bootstraps there, with the
-    discount of the steps really taken. One pass of G^(k)_t = r_t + γ_t G^(k-1)_{t+1} with G^(0) = V makes
-    every return one step longer, so n passes over whole tensors do.
+    discount of the steps really taken. One pass of G^(k)_t = r_t + γ_t G^(k-1)_{t+1} with G^(0) = V
+    makes every return one step longer, so n passes over whole tensors do.
 
     Args:
         rewards: `[T, ...]`, r_t.
@@ -121,9 +121,10 @@ def lambda_returns(
     lambda_: float,
     valid: Tensor | None = None,
 ) -> Tensor:
-    """λ-return G_t = r_t + γ_t [(1-λ) V(x_{t+1}) + λ G_{t+1}], with G_T = V(x_T) (ibid., eq. 12.2, 12.3).
+    """λ-return G_t = r_t + γ_t [(1-λ) V(x_{t+1}) + λ G_{t+1}], with G_T = V(x_T).
 
-    λ = 0 is the TD(0) target, λ = 1 the discounted return.
+    Sutton and Barto, eq. 12.2 and 12.3, written as a recursion. λ = 0 is the TD(0) target, λ = 1
+    the discounted return.
 
     Args:
         rewards: `[T, ...]`, r_t.
@@ -162,8 +163,8 @@ def gae(
 ) -> Tensor:
     """Generalised advantage estimate A_t = δ_t + γ_t λ A_{t+1} (arXiv:1506.02438, eq. 16).
 
-    δ_t = r_t + γ_t V(x_{t+1}) - V(x_t) is the TD error (eq. 10). The λ-return is A_t + V(x_t), which is the
-    value target that PPO uses.
+    δ_t = r_t + γ_t V(x_{t+1}) - V(x_t) is the TD error. The λ-return is A_t + V(x_t),
+    which is the value target that PPO uses.
 
     Args:
         rewards: `[T, ...]`, r_t.

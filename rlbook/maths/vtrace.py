@@ -1,8 +1,9 @@
 """V-trace: n-step targets for data of an older policy (IMPALA, Espeholt et al., arXiv:1802.01561).
 
-The actors acted by the behaviour policy μ, the learner wants values and gradients of the target policy π.
-V-trace weighs each step by the clipped ratio of the two. Two clips, two jobs (section 4.1): ρ̄
-decides *what* is learnt (the fixed point is the value of a policy between μ and π), c̄ only *how fast*.
+The actors acted by the behaviour policy μ, the learner wants values and gradients of the target
+policy π. V-trace weighs each step by the clipped ratio of the two. Two clips, two jobs (section
+4.1): ρ̄ decides *what* is learnt (the fixed point is the value of a policy between μ and π), c̄
+only *how fast*.
 """
 
 from typing import NamedTuple
@@ -40,14 +41,16 @@ def vtrace(
 ) -> VTrace:
     """V-trace targets and policy-gradient advantages (arXiv:1802.01561, eq. 1 and section 4.2).
 
-    v_s = V(x_s) + Σ_{t≥s} (Π_{i=s}^{t-1} γ_i c_i) δ_t, with δ_t = ρ_t (r_t + γ_t V(x_{t+1}) - V(x_t)),
-    ρ_t = min(ρ̄, π/μ) and c_i = λ min(c̄, π/μ), computed backwards (Remark 1) as
-    v_t - V(x_t) = δ_t + γ_t c_t (v_{t+1} - V(x_{t+1})).
+        v_s = V(x_s) + Σ_{t≥s} (Π_{i=s}^{t-1} γ_i c_i) δ_t,
+        δ_t = ρ_t (r_t + γ_t V(x_{t+1}) - V(x_t)),  ρ_t = min(ρ̄, π/μ),  c_i = λ min(c̄, π/μ),
 
-    The advantage bootstraps from v_{t+1}, as the paper has it, and not from V(x_{t+1}); the last row
-    from `bootstrap_value`. Row t is the step x_t -> x_{t+1}; `rlbook.maths.returns` says what `valid` is
-    for: the row before an invalid one bootstraps from `values` of the final observation, and nothing
-    of the next episode enters. On-policy (π = μ) with λ = 1 and ρ̄, c̄ >= 1, v_t is the n-step return.
+    computed backwards (Remark 1) as v_t - V(x_t) = δ_t + γ_t c_t (v_{t+1} - V(x_{t+1})).
+
+    The advantage bootstraps from v_{t+1}, as the paper has it, and not from V(x_{t+1}); the last
+    row from `bootstrap_value`. Row t is the step x_t -> x_{t+1}; `rlbook.maths.returns` says what
+    `valid` is for: the row before an invalid one bootstraps from `values` of the final observation,
+    and nothing of the next episode enters. On-policy (π = μ) with λ = 1 and ρ̄, c̄ >= 1, v_t is the
+    n-step return.
 
     Args:
         log_rhos: `[T, ...]`, log π(a_t|x_t) - log μ(a_t|x_t).

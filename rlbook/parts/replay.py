@@ -4,10 +4,11 @@
                      ▲                                                                 │
                      └── sum tree of p^α <── update_priorities(keys, |TD errors|) <────┘
 
-An item is known by its *key*: how many items were added before it. It lies in slot `key % capacity`, and
-it is still there as long as it is among the `capacity` youngest. A priority that comes back for an item
-that was overwritten meanwhile is therefore recognised and ignored; with slots alone it would fall on a
-stranger. Sources: DQN (Mnih et al. 2015); prioritised replay (Schaul et al., arXiv:1511.05952).
+An item is known by its *key*: how many items were added before it. It lies in slot
+`key % capacity`, and it is still there as long as it is among the `capacity` youngest. A priority
+that comes back for an item that was overwritten meanwhile is therefore recognised and ignored; with
+slots alone it would fall on a stranger. Sources: DQN (Mnih et al. 2015); prioritised replay (Schaul
+et al., arXiv:1511.05952).
 """
 
 from collections import namedtuple
@@ -43,10 +44,11 @@ class Sample(NamedTuple, Generic[ItemsT]):
 class SumTree:
     """Priorities as leaves of a binary tree in which each node holds the sum of its two children.
 
-    Drawing in proportion to priority is then a walk down from the root, and a change a walk up: log₂
-    `capacity` steps, each taken for the whole batch at once. Node i of the flat array has children 2i and
-    2i + 1, the root is 1, and leaf j is node `leaves + j`. Sums are float64: in float32 a walk can end at a
-    leaf of priority 0. Parents are sums of their children anew each time, so that no error accumulates.
+    Drawing in proportion to priority is then a walk down from the root, and a change a walk up:
+    log₂ `capacity` steps, each taken for the whole batch at once. Node i of the flat array has
+    children 2i and 2i + 1, the root is 1, and leaf j is node `leaves + j`. Sums are float64: in
+    float32 a walk can end at a leaf of priority 0. Parents are sums of their children anew each
+    time, so that no error accumulates.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -69,7 +71,7 @@ class SumTree:
         return self._nodes.nbytes
 
     def get(self, indices: ArrayLike) -> Floats:
-        """Priorities, float64 `[N]`, of leaves `indices` `[N]`. ValueError if one is out of range."""
+        """Priorities, float64 `[N]`, of leaves `indices` `[N]`; ValueError out of range."""
         return self._nodes[self._checked_indices(indices) + self._leaves]
 
     def set(self, indices: ArrayLike, priorities: ArrayLike) -> None:
@@ -120,16 +122,16 @@ class SumTree:
         return nodes - self._leaves
 
     def sample(self, batch_size: int, rng: np.random.Generator) -> Ints:
-        """Leaves, int64 `[batch_size]`, in proportion to priority, one from each equal share of the total.
+        """Leaves, int64 `[batch_size]`, in proportion to priority: one an equal share of the total.
 
-        Such strata (arXiv:1511.05952, appendix B.2.1) lower the variance of a batch; they also come in
-        the order of the tree, which the caches like. ValueError if every priority is 0.
+        Such strata (arXiv:1511.05952, appendix B.2) lower the variance of a batch; they also come
+        in the order of the tree, which the caches like. ValueError if every priority is 0.
         """
         size = _positive_int("batch_size", batch_size)
         return self.find((np.arange(size) + rng.random(size)) * (self.total / size))
 
     def check_valid(self) -> None:
-        """RuntimeError unless every node is the sum of its children and every leaf a finite number >= 0."""
+        """RuntimeError unless nodes are the sums of their children and leaves finite and >= 0."""
         leaves = self._nodes[self._leaves :]
         if not (np.isfinite(leaves) & (leaves >= 0)).all():
             raise RuntimeError("sum tree: a priority is negative, NaN or infinite")
@@ -194,7 +196,7 @@ class UniformReplay(Generic[ItemsT]):
         return {**self._ring.state(), "rng": self._rng.bit_generator.state}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state()` was taken. ValueError if it does not fit; nothing changes then."""
+        """Continue where `state()` was taken. If it does not fit, ValueError and no change."""
         rng = _generator(state)
         self._ring.load_state(state)
         self._rng = rng
@@ -233,7 +235,8 @@ class PrioritizedReplay(Generic[ItemsT]):
             example: one item (NamedTuple of arrays `[...]`); without it, the first `add` decides.
 
         Raises:
-            ValueError: capacity < 1, a negative exponent, or an example that is no NamedTuple of arrays.
+            ValueError: capacity < 1, a negative exponent, or an example that is no NamedTuple of
+                arrays.
         """
         for name, value in (("priority", priority_exponent), ("importance", importance_exponent)):
             if not 0.0 <= value < np.inf:
@@ -255,7 +258,7 @@ class PrioritizedReplay(Generic[ItemsT]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes when full, tree included; without an `example`, the fields count from the first add."""
+        """Bytes when full, tree included; the fields count from the first `add` or `example`."""
         return self._ring.nbytes + self._tree.nbytes
 
     @property
@@ -266,12 +269,12 @@ class PrioritizedReplay(Generic[ItemsT]):
     def add(self, items: ItemsT, priorities: ArrayLike | None = None) -> Ints:
         """Store `items`, a NamedTuple of arrays `[N, ...]`, and give their keys, int64 `[N]`.
 
-        `priorities` `[N]` may come with them, as Ape-X's actors send them; without, new items get the
-        largest priority seen so far (at first 1), so that each is likely to be drawn soon.
+        `priorities` `[N]` may come with them, as Ape-X's actors send them; without, new items get
+        the largest priority seen so far (at first 1), so that each is likely to be drawn soon.
 
         Raises:
-            ValueError: fields, shapes or dtypes other than before, or a priority that is negative, NaN
-                or infinite; nothing is stored then.
+            ValueError: fields, shapes or dtypes other than before, or a priority that is negative,
+                NaN or infinite; nothing is stored then.
         """
         size = self._ring.length_of(items)
         if priorities is None:
@@ -317,8 +320,8 @@ class PrioritizedReplay(Generic[ItemsT]):
             How many of the keys were still there.
 
         Raises:
-            ValueError: a key that was never given out, another length, or a priority that is negative,
-                NaN or infinite; nothing is changed then.
+            ValueError: a key that was never given out, another length, or a priority that is
+                negative, NaN or infinite; nothing is changed then.
         """
         found = self._ring.checked_keys(keys)
         values = checked_priorities(priorities, size=len(found))
@@ -338,7 +341,7 @@ class PrioritizedReplay(Generic[ItemsT]):
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state()` was taken. ValueError if it does not fit; nothing changes then."""
+        """Continue where `state()` was taken. If it does not fit, ValueError and no change."""
         rng = _generator(state)
         if _entry(state, "priority_exponent") != self.priority_exponent:
             raise ValueError(
@@ -378,7 +381,7 @@ class PrioritizedReplay(Generic[ItemsT]):
 
 
 class _Ring(Generic[ItemsT]):
-    """Storage that both replays share: one array `[capacity, ...]` a field, written round and round."""
+    """Storage that both replays share: an array `[capacity, ...]` a field, written in circles."""
 
     def __init__(self, capacity: int, example: ItemsT | None) -> None:
         self.capacity = _positive_int("capacity", capacity)
