@@ -4,9 +4,10 @@
            ^                                                                               |
            └── only `chapters` writes here                       a browser opens index.html┘
 
-`build` never writes over chapters/: a reader's edited notebook is executed in the build folder, and its
-outputs are kept there by key, so that a second build executes nothing. `chapters` executes and stores
-outputs and key in chapters/ itself. `stale` lists what would be executed and fails if that is anything.
+`build` never writes over chapters/: a reader's edited notebook is executed in the build folder, and
+its outputs are kept there by key, so that a second build executes nothing. `chapters` executes and
+stores outputs and key in chapters/ itself. `stale` lists what would be executed and fails if that
+is anything.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from nbformat import NotebookNode
 
 from tools import BUILD, CHAPTERS, ROOT
 from tools.execute import ChapterError, execute, normalise, read, take_outputs, write
@@ -132,7 +135,7 @@ def _refresh(paths: list[Path]) -> bool:
     return True
 
 
-def _execute(notebook: object, name: str, folder: Path, label: str) -> bool:
+def _execute(notebook: NotebookNode, name: str, folder: Path, label: str) -> bool:
     """Execute one chapter with one progress line; False, with the cell shown, if it fails."""
     print(f"{label} {name}: executing … ", end="", flush=True)
     key = chapter_key(notebook)  # before the run: a module edited meanwhile must make it stale

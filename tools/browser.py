@@ -1,8 +1,10 @@
 """Look at the built site in a real browser, from disk and with the network off.
 
-`python -m tools.browser` says how to get a browser if none is there. `python -m tools.browser look
-HTML_DIR` opens every page and prints what it saw as JSON, for tests/test_site.py to judge;
-`python -m tools.browser shoot HTML_DIR OUT_DIR PAGE …` takes pictures, light and dark, wide and narrow.
+`python -m tools.browser` says how to get a browser if none is there.
+`python -m tools.browser look HTML_DIR` opens every page and prints what it saw as JSON, for
+tests/test_site.py to judge.
+`python -m tools.browser shoot HTML_DIR OUT_DIR PAGE …` takes pictures, light and dark, wide and
+narrow.
 """
 
 from __future__ import annotations

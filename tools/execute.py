@@ -1,7 +1,7 @@
 """Execute a notebook in a kernel of its own, quietly, and hold it to the rules of a chapter.
 
-A chapter writes nothing to stderr and leaves no Ray process behind; both are checked here, each time
-that a chapter is executed, so that no stored output can break them.
+A chapter writes nothing to stderr and leaves no Ray process behind; both are checked here, each
+time that a chapter is executed, so that no stored output can break them.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def execute(notebook: nbformat.NotebookNode, folder: Path, timeout_s: int = 900)
             except Exception as error:  # a dead kernel, a time-out
                 raise ChapterError(_failure(cell, index, f"{error}")) from None
             _check_stderr(cell, index)
-        _check_ray(client.km.provisioner.pid)
+        provisioner: Any = client.km and client.km.provisioner
+        _check_ray(provisioner.pid)
     return time.perf_counter() - start
 
 

@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,7 @@ def module_hash(name: str, root: Path = ROOT) -> str:
     path = _module_path(name, root)
     if path is None:
         raise ModuleNotFoundError(f"{name} is no module under {root}")
-    form = _form(_without_docstrings(ast.parse(path.read_text(encoding="utf-8"))))
-    return hashlib.sha256(json.dumps(form).encode()).hexdigest()
+    return _source_hash(path.read_text(encoding="utf-8"))
 
 
 def record_hash(path: Path) -> str:
@@ -77,6 +76,12 @@ def record_hash(path: Path) -> str:
         digest.update(file.relative_to(path.parent).as_posix().encode())
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
+
+
+@cache
+def _source_hash(source: str) -> str:
+    form = _form(_without_docstrings(ast.parse(source)))
+    return hashlib.sha256(json.dumps(form).encode()).hexdigest()
 
 
 def _cell(cell: dict[str, Any]) -> tuple[str, list[str]]:
@@ -114,16 +119,19 @@ def _records(trees: list[ast.Module]) -> Iterator[str]:
 
 
 def _called(node: ast.Call) -> str:
-    return getattr(node.func, "id", None) or getattr(node.func, "attr", "")
+    return str(getattr(node.func, "id", None) or getattr(node.func, "attr", ""))
 
 
-@lru_cache(maxsize=None)
 def _module_imports(name: str, root: Path) -> tuple[str, ...]:
     path = _module_path(name, root)
     assert path is not None
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return tuple(_named_modules(tree, root, package))
+    return _source_imports(path.read_text(encoding="utf-8"), root, package)
+
+
+@cache
+def _source_imports(source: str, root: Path, package: str) -> tuple[str, ...]:
+    return tuple(_named_modules(ast.parse(source), root, package))
 
 
 def _named_modules(tree: ast.Module, root: Path, package: str) -> Iterator[str]:

@@ -15,7 +15,7 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def write_pages(source: Path) -> None:
-    """Write docs/api.md and docs/status.md below `source`, the folder that the site is built from."""
+    """Write docs/api.md and docs/status.md below `source`, which the site is built from."""
     pages = {"api": api_page(ROOT / "rlbook"), "status": status_page(source / "chapters")}
     for name, text in pages.items():
         path = source / "docs" / f"{name}.md"
@@ -101,8 +101,9 @@ def _fence(text: str) -> str:
 _STATUS = """# Status of every notebook
 
 Each notebook is stored with its outputs and with a *key*: a hash of its code cells, of the package
-modules that they use, of the records that they read and of the pinned versions. As long as the key fits,
-the outputs are *fresh*: they are what the code of this very edition prints. {doc}`architecture` says more.
+modules that they use, of the records that they read and of the pinned versions. As long as the key
+fits, the outputs are *fresh*: they are what the code of this very edition prints. More in
+{doc}`architecture`.
 """
 
 _API = """# API
