@@ -349,7 +349,7 @@ class PrioritizedReplay(Generic[ItemsT]):
                 f"not {self.priority_exponent}"
             )
         (max_priority,) = checked_priorities([_entry(state, "max_priority")], size=1)
-        size = min(_entry(state, "added"), self.capacity)
+        size = min(_count(state, "added"), self.capacity)
         tree = SumTree(self.capacity)
         scaled = checked_priorities(_entry(state, "scaled_priorities"), size=size)
         tree.set(np.arange(size), scaled)
@@ -452,23 +452,24 @@ class _Ring(Generic[ItemsT]):
         return {"capacity": self.capacity, "added": self.added, "fields": fields}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        capacity, added = _entry(state, "capacity"), _entry(state, "added")
+        capacity, added = _count(state, "capacity"), _count(state, "added")
         if capacity != self.capacity:
             raise ValueError(f"the state has capacity {capacity}, not {self.capacity}")
-        arrays = {name: np.asarray(array) for name, array in _entry(state, "fields").items()}
-        if not isinstance(added, int) or added < 0 or (added and not arrays):
-            raise ValueError(f"the state is damaged: {added} items added, fields {list(arrays)}")
+        fields = _entry(state, "fields")
+        if not isinstance(fields, Mapping) or (added and not fields):
+            raise ValueError("the state is damaged: it has no fields")
+        arrays = {name: np.asarray(array) for name, array in fields.items()}
         if arrays:
             self._check_like_before(arrays)
         size = min(added, capacity)
         if any(len(array) != size for array in arrays.values()):
             raise ValueError(f"the state is damaged: not every field holds {size} items")
-        fields = self._allocated(arrays)
+        loaded = self._allocated(arrays)
         for name, array in arrays.items():
-            fields[name][:size] = array
+            loaded[name][:size] = array
         if self._type is None and arrays:  # until an add tells the type of its own
             self._type = namedtuple("Items", list(arrays))  # type: ignore[misc]
-        self._fields, self.added = fields or self._fields, added
+        self._fields, self.added = loaded or self._fields, added
 
     def check_valid(self) -> None:
         lengths = {len(field) for field in self._fields.values()}
@@ -537,6 +538,13 @@ def _entry(state: Mapping[str, Any], name: str) -> Any:
     if name not in state:
         raise ValueError(f"this is no state of such a replay: it has no {name!r}")
     return state[name]
+
+
+def _count(state: Mapping[str, Any], name: str) -> int:
+    value = _entry(state, name)
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"the state is damaged: {name} is {value!r}")
+    return value
 
 
 def _generator(state: Mapping[str, Any]) -> np.random.Generator:

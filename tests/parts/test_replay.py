@@ -369,6 +369,8 @@ def test_continuing_from_a_state_is_the_same_run_bit_for_bit(make: Any, added: i
     original.add(transitions(np.arange(added)))
     if added:
         original.sample(5)
+        if isinstance(original, PrioritizedReplay):
+            original.update_priorities([added - 1], [9.0])  # so the largest seen is no default
     state = original.state()
     plain = {k: v for k, v in state.items() if not isinstance(v, np.ndarray) and k != "fields"}
     assert json.loads(json.dumps(plain)) == plain
@@ -400,6 +402,7 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_changes() -> None:
         {"capacity": 6},
         {"added": 4},
         {"added": -1},
+        {"added": "3"},
         {"priority_exponent": 0.1},
         {"scaled_priorities": np.array([1.0, math.nan, 1.0])},
         {"scaled_priorities": np.ones(2)},
@@ -409,6 +412,7 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_changes() -> None:
         {"fields": {**state["fields"], "r_t": np.zeros(3, np.float64)}},
         {"fields": {"r_t": np.zeros(3, np.float32)}},
         {"fields": {}},
+        {"fields": None},
     ):
         with pytest.raises(ValueError):
             target.load_state({**state, **change})
