@@ -109,10 +109,11 @@ def _config(system: str | None, words: list[str], command: str) -> Any:
             raise ValueError(f"resume: {chosen.resume} is a run of {name}, not of {system}")
         base = replace(stored, resume=chosen.resume, run_dir=None)
     else:
+        presets = getattr(module, "PRESETS", {"default": module.Config()})
         preset = "default" if chosen.preset is None else chosen.preset
-        if preset not in module.PRESETS:
-            raise ValueError(f"preset: {system} has {', '.join(module.PRESETS)}; got {preset!r}")
-        base = module.PRESETS[preset]
+        if preset not in presets:
+            raise ValueError(f"preset: {system} has {', '.join(presets)}; got {preset!r}")
+        base = presets[preset]
     return _parse_config(type(base), base, words, f"rlbook {command} {system}")
 
 
@@ -129,7 +130,9 @@ def _parse_config(config_type: type, base: Any, words: list[str], program: str) 
             raise
         text = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯│─]+", " ", complaint.getvalue())
         text = re.sub(r"\s+", " ", text).strip()
-        raise ValueError(text.split(" For full helptext")[0]) from None
+        text = re.split(r" Argument helptext:| For full helptext| -{4,}", text)[0]
+        text = re.sub(r"^[A-Z][a-z]+ (error|errors|options) ", "", text)
+        raise ValueError(re.sub(r"^Error parsing (Config: )?", "", text)) from None
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> int:

@@ -66,7 +66,7 @@ class Config(RunConfig):
     """Transitions of one update (32 in the paper)."""
     update_period: int = 1
     """Vector steps between updates (4 steps of one copy in the paper)."""
-    target_period: int = 250
+    target_period: int = 50
     """Updates between copies to the target network (10 000 in the paper)."""
     learning_rate: float = 1e-3
     """Adam's step size."""

@@ -42,6 +42,7 @@ from rlbook.parts.tabular import (
     greedy,
     make_tabular_env,
     mdp_of,
+    outcome_table,
 )
 from rlbook.plumbing.runtime import RayRuntime, Runtime
 
@@ -117,28 +118,33 @@ class Backend(Protocol):
 class Plain:
     """The backup as nested Python loops: state, action, successor."""
 
-    def __init__(self, mdp: TabularMDP, gamma: float) -> None:
+    def __init__(self, model: TabularMDPBlock, gamma: float) -> None:
         self.gamma = gamma
-        self.table = outcome_table(mdp)
+        self.model = model
+        self.table = outcome_table(model)
 
-    def improve(self, values: Floats) -> Floats:
-        """v(s) ← max_a Σ_s' P(s' | s, a) (r + γ v(s'))."""
-        old, gamma, new = values.tolist(), self.gamma, []
-        for actions in self.table:
-            best = float("-inf")
-            for outcomes in actions:
-                q = 0.0
-                for probability, successor, reward in outcomes:
-                    q += probability * (reward + gamma * old[successor])
-                if q > best:
-                    best = q
-            new.append(best)
+    def improve(self, values: Floats, sweeps: int = 1) -> Floats:
+        """v(s) ← max_a Σ_s' P(s' | s, a) (r + γ v(s')); ``sweeps`` as in :class:`Block`."""
+        old, gamma = values.tolist(), self.gamma
+        for _ in range(sweeps):
+            new = []
+            for actions in self.table:
+                best = float("-inf")
+                for outcomes in actions:
+                    q = 0.0
+                    for probability, successor, reward in outcomes:
+                        q += probability * (reward + gamma * old[successor])
+                    if q > best:
+                        best = q
+                new.append(best)
+            old[self.model.first : self.model.stop] = new
         return np.array(new)
 
     def evaluate(self, values: Floats, policy: Ints) -> Floats:
         """v(s) ← Σ_s' P(s' | s, π(s)) (r + γ v(s'))."""
         old, gamma, new = values.tolist(), self.gamma, []
-        for actions, action in zip(self.table, policy.tolist(), strict=True):
+        chosen = policy[self.model.first : self.model.stop].tolist()
+        for actions, action in zip(self.table, chosen, strict=True):
             q = 0.0
             for probability, successor, reward in actions[action]:
                 q += probability * (reward + gamma * old[successor])
@@ -146,10 +152,10 @@ class Plain:
         return np.array(new)
 
     def action_values(self, values: Floats) -> Floats:
-        """q(s, a) ``[A, S]``."""
-        states = np.arange(len(values))
-        fixed = [np.full_like(states, action) for action in range(len(self.table[0]))]
-        return np.stack([self.evaluate(values, actions) for actions in fixed])
+        """q(s, a) ``[A, n]``."""
+        everywhere = np.ones(len(values), dtype=np.int64)
+        actions = range(self.model.probabilities.shape[0])
+        return np.stack([self.evaluate(values, action * everywhere) for action in actions])
 
 
 class Block:
@@ -167,6 +173,8 @@ class Block:
         self.weights = gamma * model.probabilities
         self.landing = np.empty((places, states))
         self.q = np.empty((actions, states))
+        # Small products stay on one thread: handing them to several costs more than they take.
+        self.cuts = [slice(first, first + 8_192) for first in range(0, states, 8_192)]
 
     def action_values(self, values: Floats) -> Floats:
         """q(s, a) = R(s, a) + Σ_j γ P(s'_j | s, a) v(s'_j) for this block's states, ``[A, n]``;
@@ -174,7 +182,9 @@ class Block:
         """
         np.take(values, self.model.successors, out=self.landing, mode="clip")
         if self.weights.shape[2] == 1:
-            np.matmul(self.weights[:, :, 0], self.landing, out=self.q)
+            weights = self.weights[:, :, 0]
+            for cut in self.cuts:
+                np.matmul(weights, self.landing[:, cut], out=self.q[:, cut])
         else:
             np.einsum("ajs,js->as", self.weights, self.landing, out=self.q)
         self.q += self.model.expected_rewards
@@ -204,11 +214,17 @@ class Parallel:
     """
 
     def __init__(
-        self, mdp: TabularMDP, gamma: float, runtime: Runtime, num_workers: int, sweeps: int = 1
+        self,
+        mdp: TabularMDP,
+        gamma: float,
+        runtime: Runtime,
+        num_workers: int,
+        sweeps: int = 1,
+        worker: type[Block] | type[Plain] = Block,
     ) -> None:
         edges = np.linspace(0, mdp.num_states, num_workers + 1).astype(int).tolist()
         self.blocks = [slice(*pair) for pair in zip(edges[:-1], edges[1:], strict=True)]
-        remote = runtime.remote(Block)
+        remote = runtime.remote(worker)
         self.workers = [remote.remote(mdp.block(b.start, b.stop), gamma) for b in self.blocks]
         self.runtime = runtime
         self.sweeps = sweeps
@@ -359,9 +375,9 @@ def solve(mdp: TabularMDP, config: Config, report: Report | None = None) -> Solu
     start = np.zeros(mdp.num_states)
     algorithm = value_iteration if config.algorithm == "value_iteration" else policy_iteration
     if config.backend == "plain":
-        return algorithm(Plain(mdp, config.gamma), start, **rules)
+        return algorithm(Plain(mdp.whole, config.gamma), start, **rules)
     if config.backend == "vectorised":
-        return algorithm(Block(mdp.block(0, mdp.num_states), config.gamma), start, **rules)
+        return algorithm(Block(mdp.whole, config.gamma), start, **rules)
     workers = min(config.num_workers, mdp.num_states)
     with RayRuntime(num_cpus=workers) as runtime:
         backend = Parallel(mdp, config.gamma, runtime, workers, config.sweeps_per_message)
@@ -435,25 +451,3 @@ def rounding(values: Floats) -> float:
 def largest_change(new: Floats, old: Floats) -> float:
     """‖new − old‖∞."""
     return float(np.max(np.abs(new - old)))
-
-
-def outcome_table(mdp: TabularMDP) -> list[list[list[tuple[float, int, float]]]]:
-    """``table[s][a]``: the possible outcomes (probability, successor, reward), equal successors
-    merged.
-    """
-    shape = (mdp.num_actions, *mdp.successors.shape)
-    probabilities = np.broadcast_to(mdp.probabilities, shape).transpose(2, 0, 1).tolist()
-    rewards = np.broadcast_to(mdp.rewards, shape).transpose(2, 0, 1).tolist()
-    table = []
-    for successors, weights, pays in zip(
-        mdp.successors.T.tolist(), probabilities, rewards, strict=True
-    ):
-        actions = []
-        for weight, pay in zip(weights, pays, strict=True):
-            merged: dict[tuple[int, float], float] = {}
-            for probability, successor, reward in zip(weight, successors, pay, strict=True):
-                if probability > 0:
-                    merged[successor, reward] = merged.get((successor, reward), 0.0) + probability
-            actions.append([(p, successor, reward) for (successor, reward), p in merged.items()])
-        table.append(actions)
-    return table

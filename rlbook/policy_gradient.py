@@ -48,15 +48,15 @@ class Config(RunConfig):
     """Which estimate of the advantage."""
     unroll_length: int = 8
     """T, steps between updates of A2C (t_max = 5 in Mnih et al., 2016)."""
-    discount: float = 0.99
+    discount: float = 0.98
     """γ."""
-    lambda_: float = 1.0
+    lambda_: float = 0.9
     """λ of the λ-returns of A2C; 1 gives the paper's n-step returns."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 2.5e-3
     """Adam's step size (the paper: 7e-4 with RMSProp)."""
     value_cost: float = 0.5
     """Weight of the value loss (0.5 in Mnih et al., 2016)."""
-    entropy_cost: float = 0.01
+    entropy_cost: float = 0.0
     """Weight of the entropy bonus, β (0.01 in Mnih et al., 2016)."""
     max_gradient_norm: float = 0.5
     """The gradient is scaled down to this Euclidean norm."""

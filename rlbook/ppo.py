@@ -55,26 +55,28 @@ class Config(RunConfig):
     """Passes over each unroll (K; 3 for Atari, 10 for MuJoCo in the paper)."""
     minibatch_size: int = 256
     """Samples of one gradient (32 × 8 for Atari, 64 for MuJoCo in the paper)."""
-    discount: float = 0.99
+    discount: float = 0.98
     """γ (0.99 in the paper)."""
-    gae_lambda: float = 0.95
+    gae_lambda: float = 0.8
     """λ of GAE (0.95 in the paper)."""
     clip: float = 0.2
     """ε: the ratio counts only within [1 − ε, 1 + ε] (0.2 for MuJoCo, 0.1 for Atari)."""
     value_clip: float | None = None
     """Keeps new values within ± this of the old ones; None does not clip."""
-    learning_rate: float = 5e-3
+    learning_rate: float = 2.5e-3
     """Adam's step size (3e-4 for MuJoCo, 2.5e-4 for Atari in the paper)."""
     anneal: bool = False
     """Lowers the step size linearly to 0 over `total_env_steps`, as for Atari in the paper."""
-    value_cost: float = 0.5
+    value_cost: float = 0.25
     """Weight of the value loss, c1 (1 in the paper)."""
-    entropy_cost: float = 0.01
+    entropy_cost: float = 0.0
     """Weight of the entropy bonus, c2 (0.01 for Atari in the paper)."""
     max_gradient_norm: float = 0.5
     """The gradient is scaled down to this Euclidean norm."""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """Fully connected layers of the torso (64, 64 in the paper)."""
+    shared_torso: bool = True
+    """One torso for policy and value, or one for each (as in the paper without frames)."""
 
     def __post_init__(self) -> None:
         """Refuses bad values."""
@@ -257,7 +259,8 @@ def make_network(config: Config, envs: Envs) -> ActorCritic:
     """A network for the environment's observations and actions."""
     num_actions = require_discrete(envs, "ppo")
     torch.manual_seed(config.seed)
-    return ActorCritic(envs.observation_space.shape or (), num_actions, config.hidden_sizes)
+    shape = envs.observation_space.shape or ()
+    return ActorCritic(shape, num_actions, config.hidden_sizes, config.shared_torso)
 
 
 def load_policy(config: Config, parts: dict[str, Any]) -> SamplingPolicy:

@@ -1,5 +1,6 @@
 """Fresh episodes of a policy: what it is worth, counted by the episodes that begin and not by those that end."""
 
+import os
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -107,6 +108,8 @@ def rollout_frames(
     policy: Policy, env_id: str, *, seed: int = 0, max_steps: int = 2_000, **options: Any
 ) -> tuple[list[np.ndarray], float]:
     """One episode as images: (frames `[height, width, 3]` uint8, return)."""
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws into memory, on no screen
+    os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
     envs = make_envs(env_id, 1, seed, render_mode="rgb_array", **options)
     row, state = envs.env_output, policy.initial_state(1)
     rng = np.random.default_rng([seed, 0xF11A])

@@ -125,14 +125,21 @@ class TabularMDP:
         states.
         """
         shared = self.probabilities.shape[2] == 1
+        paid_alike = self.rewards.shape[2] == 1
         return TabularMDPBlock(
             successors=np.ascontiguousarray(self.successors[:, first:stop]),
             probabilities=self.probabilities
             if shared
             else np.ascontiguousarray(self.probabilities[:, :, first:stop]),
+            rewards=self.rewards if paid_alike else self.rewards[:, :, first:stop].copy(),
             expected_rewards=np.ascontiguousarray(self.expected_rewards[:, first:stop]),
             first=first,
         )
+
+    @property
+    def whole(self) -> TabularMDPBlock:
+        """All states as one block."""
+        return self.block(0, self.num_states)
 
     def soften(self, epsilon: float) -> TabularMDP:
         """The same MDP when an ε-greedy player's hand slips: action a becomes uniformly random
@@ -154,12 +161,13 @@ class TabularMDPBlock:
     """The rows of a :class:`TabularMDP` that start at state ``first``: n states, each with its J
     successors.
 
-    Fields: ``successors`` ``[J, n]``; ``probabilities`` ``[A, J, n]`` or ``[A, J, 1]``;
-    ``expected_rewards`` ``[A, n]``.
+    Fields: ``successors`` ``[J, n]``; ``probabilities`` ``[A, J, n]`` or ``[A, J, 1]``; ``rewards``
+    ``[A or 1, J, n or 1]``; ``expected_rewards`` ``[A, n]``.
     """
 
     successors: Ints
     probabilities: Floats
+    rewards: Floats
     expected_rewards: Floats
     first: int
 
@@ -167,6 +175,28 @@ class TabularMDPBlock:
     def stop(self) -> int:
         """One past the last state of this block."""
         return self.first + self.successors.shape[1]
+
+
+def outcome_table(model: TabularMDPBlock) -> list[list[list[tuple[float, int, float]]]]:
+    """``table[s][a]``: the possible outcomes (probability, successor, reward), equal successors
+    merged.
+    """
+    shape = (model.probabilities.shape[0], *model.successors.shape)
+    probabilities = np.broadcast_to(model.probabilities, shape).transpose(2, 0, 1).tolist()
+    rewards = np.broadcast_to(model.rewards, shape).transpose(2, 0, 1).tolist()
+    table = []
+    for successors, weights, pays in zip(
+        model.successors.T.tolist(), probabilities, rewards, strict=True
+    ):
+        actions = []
+        for weight, pay in zip(weights, pays, strict=True):
+            merged: dict[tuple[int, float], float] = {}
+            for probability, successor, reward in zip(weight, successors, pay, strict=True):
+                if probability > 0:
+                    merged[successor, reward] = merged.get((successor, reward), 0.0) + probability
+            actions.append([(p, successor, reward) for (successor, reward), p in merged.items()])
+        table.append(actions)
+    return table
 
 
 def action_values(mdp: TabularMDP | TabularMDPBlock, values: Floats, gamma: float) -> Floats:

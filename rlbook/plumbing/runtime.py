@@ -16,9 +16,13 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
+
+from rlbook.plumbing import watchdog
 
 Reference = Any
 """A promise of a value that some process holds or will hold (Ray's ``ObjectRef``)."""
@@ -66,6 +70,7 @@ class RayRuntime:
         self.object_store_mb = object_store_mb
         self.address = address
         self._running = False
+        self._watchdog: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
         ray = _quiet_ray()
@@ -87,6 +92,7 @@ class RayRuntime:
                     include_dashboard=False,
                     **quiet,
                 )
+                self._watchdog = _start_watchdog()
         except BaseException:
             self.shutdown()
             raise
@@ -109,6 +115,9 @@ class RayRuntime:
         self._running = False
         atexit.unregister(self.shutdown)
         ray.shutdown()
+        if self._watchdog is not None:
+            self._watchdog.communicate(watchdog.ORDERLY)
+            self._watchdog = None
 
     def remote(self, target: Any, **options: Any) -> Any:
         """``target`` (a class or function) with its calls run in other processes.
@@ -157,3 +166,20 @@ def _quiet_ray() -> Any:
     import ray
 
     return ray
+
+
+def _start_watchdog() -> subprocess.Popen[bytes] | None:
+    """See :mod:`rlbook.plumbing.watchdog`; on Linux alone (elsewhere Ray brings its own)."""
+    if not sys.platform.startswith("linux"):
+        return None
+    import psutil
+
+    words = ("raylet", "gcs_server", "ray::")
+    family = [child for child in psutil.Process().children(recursive=True) if child.is_running()]
+    ours = [child.pid for child in family if any(w in " ".join(child.cmdline()) for w in words)]
+    return subprocess.Popen(
+        [sys.executable, "-S", "-E", watchdog.__file__]
+        + [f"{pid}:{watchdog.started_at(pid)}" for pid in ours],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
