@@ -7,8 +7,11 @@ results/NAME/episode.mp4     one fresh episode of it, where the environment can 
 
 import json
 import platform
+import resource
 import subprocess
+import sys
 import tempfile
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from rlbook.harness.checkpoint import load_checkpoint, save_checkpoint
 from rlbook.harness.config import config_to_json
 from rlbook.harness.doctor import memory_bytes, usable_cores
 from rlbook.harness.run import Result, system_module, versions
+from rlbook.parts.envs import make_envs
 
 POINTS = 200
 """Rows of a curve that a record keeps."""
@@ -44,6 +48,10 @@ class Record:
     versions: dict[str, str]
     commit: str
     runs: list[RecordedRun]
+    env_ceiling: float | None = None
+    """Environment steps a second of the bare environments, without any agent."""
+    memory_mb: float | None = None
+    """Largest memory of the training process."""
 
     def median(self, metric: str) -> float:
         """Median of a final metric over the seeds (seeds without it count as infinitely bad: NaN is refused)."""
@@ -78,6 +86,23 @@ def machine() -> dict[str, Any]:
     }
 
 
+def env_ceiling(env_id: str, num_envs: int, seconds: float = 1.0) -> float:
+    """Environment steps a second of `num_envs` copies that nothing but steps (one core)."""
+    envs = make_envs(env_id, num_envs, seed=0)
+    action = envs.vector_env.action_space.sample()
+    taken, begun = 0, time.perf_counter()
+    while (spent := time.perf_counter() - begun) < seconds:
+        taken += int((~envs.step(action).first).sum())
+    envs.close()
+    return taken / spent
+
+
+def peak_memory_mb() -> float:
+    """Largest memory that this process has held, in MB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
 def make_record(folder: Path, system: str, config: Any, seeds: int, command: str) -> Path:
     """Trains `seeds` seeds from `config.seed` on and keeps the record; returns the path of `record.json`.
 
@@ -97,6 +122,8 @@ def make_record(folder: Path, system: str, config: Any, seeds: int, command: str
         folder.mkdir(parents=True)
         state = load_checkpoint(Path(scratch) / "seed0" / "checkpoint.npz")
     _keep_policy(folder, state, results[0])
+    copies = getattr(config, "num_envs", 0)
+    ceiling = env_ceiling(config.env_id, copies) if copies else None
     document = {
         "name": folder.name,
         "system": system,
@@ -105,6 +132,8 @@ def make_record(folder: Path, system: str, config: Any, seeds: int, command: str
         "machine": machine(),
         "versions": versions(),
         "commit": _commit(),
+        "memory_mb": round(peak_memory_mb()),
+        "env_ceiling": round(ceiling) if ceiling else None,
         "runs": [{"metrics": result.metrics, "curves": _thin(result.curves)} for result in results],
     }
     path = folder / "record.json"
