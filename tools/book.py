@@ -25,6 +25,7 @@ from tools import BUILD, CHAPTERS, ROOT
 from tools.execute import ChapterError, execute, normalise, read, take_outputs, write
 from tools.keys import chapter_key, is_fresh
 from tools.pages import write_pages
+from tools.tidy import tidy
 
 SOURCE = BUILD / "source"
 HTML = BUILD / "html"
@@ -83,6 +84,7 @@ def build() -> int:
         shutil.rmtree(HTML, ignore_errors=True)
         return 1
     copy_media()
+    tidy(HTML)
     print(f"\nthe book is built: open {(HTML / 'index.html').as_uri()}")
     return 0
 
@@ -126,6 +128,8 @@ def _refresh(paths: list[Path]) -> bool:
         kept = BUILD / "executed" / f"{path.stem}-{chapter_key(notebook)[:16]}.ipynb"
         if kept.exists():
             take_outputs(notebook, read(kept))
+            notebook.metadata["rlbook"] = {"key": chapter_key(notebook)}
+            normalise(notebook)
             print(f"{label} {path.stem}: executed by an earlier build", flush=True)
         elif _execute(notebook, path.stem, path.parent, label):
             write(notebook, kept)

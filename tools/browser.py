@@ -59,6 +59,7 @@ def find_browser() -> str | None:
 def look(html: Path) -> dict[str, Any]:
     """Open every page offline; return page -> what is there, what failed, what the console said."""
     pages = [p for p in sorted(html.rglob("*.html")) if "_static" not in p.parts]
+    pages = [p for p in pages if 'http-equiv="Refresh"' not in p.read_text(encoding="utf-8")]
     with _browser() as browser:
         seen = {p.relative_to(html).as_posix(): _look_at(browser, p) for p in pages}
         seen["?search"] = _search(browser, html)

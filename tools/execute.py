@@ -61,6 +61,8 @@ def execute(notebook: nbformat.NotebookNode, folder: Path, timeout_s: int = 900)
         resources={"metadata": {"path": str(folder)}},
         record_timing=False,
         allow_errors=False,
+        # Without this the kernel warns about its own sockets, beside our progress lines.
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],
     )
     start = time.perf_counter()
     with client.setup_kernel(env={**os.environ, **QUIET}):
