@@ -1,0 +1,153 @@
+"""RayRuntime: the four verbs, a silent Ray, and no process left however the `with` is left."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlbook.plumbing.runtime import RayRuntime
+
+
+def counting_class() -> type:
+    """A class made here travels to the workers by value: they cannot import a test."""
+
+    class Counter:
+        """Counts its calls, so that an order can be seen."""
+
+        def __init__(self, start: int) -> None:
+            self.count = start
+
+        def add(self, amount: int) -> int:
+            self.count += amount
+            return self.count
+
+        def total(self, array: np.ndarray) -> tuple[int, float]:
+            return os.getpid(), float(array.sum())
+
+        def nap(self, seconds: float) -> float:
+            time.sleep(seconds)
+            return seconds
+
+        def fail(self) -> None:
+            raise KeyError("on purpose")
+
+    return Counter
+
+
+def ray_processes(session: int) -> list[str]:
+    """Processes of Ray in the process group or session `session`."""
+    listing = subprocess.run(
+        ["ps", "-eo", "sid,stat,args"], capture_output=True, text=True, check=True
+    )
+    words = ("raylet", "gcs_server", "ray::", "default_worker.py", "/ray/")
+    lines = [line.split(maxsplit=2) for line in listing.stdout.splitlines()[1:]]
+    ours = [args for sid, stat, args in lines if int(sid) == session and stat[0] != "Z"]
+    return [args for args in ours if any(word in args for word in words)]
+
+
+def test_verbs():
+    with RayRuntime(num_cpus=2) as runtime:
+        remote = runtime.remote(counting_class())
+        counters = [remote.remote(start) for start in (0, 100)]
+        calls = [counters[0].add.remote(1) for _ in range(5)]
+        assert runtime.get(calls) == [1, 2, 3, 4, 5]  # first in, first out
+        assert runtime.get(counters[1].add.remote(1)) == 101
+        shared = runtime.put(np.arange(10.0))
+        seen = runtime.get([counter.total.remote(shared) for counter in counters])
+        assert [total for _, total in seen] == [45.0, 45.0]
+        assert len({os.getpid(), *[pid for pid, _ in seen]}) == 3  # processes of their own
+        slow, fast = counters[0].nap.remote(5.0), counters[1].nap.remote(0.0)
+        ready, pending = runtime.wait([slow, fast])
+        assert ready == [fast] and pending == [slow]
+        assert runtime.wait([slow], timeout=0.01) == ([], [slow])
+        with pytest.raises(KeyError, match="on purpose"):
+            runtime.get(counters[1].fail.remote())
+        free = runtime.remote(lambda x: abs(x), num_cpus=0)
+        assert runtime.get(free.remote(-3)) == 3
+        with pytest.raises(RuntimeError, match="already runs"), RayRuntime(num_cpus=1):
+            pass
+    runtime.shutdown()  # once more does nothing
+
+
+def test_bad_sizes_are_refused():
+    for arguments in ({"num_cpus": 0}, {"object_store_mb": 1}):
+        with pytest.raises(ValueError, match=next(iter(arguments))):
+            RayRuntime(**arguments)
+
+
+PROGRAM = """
+import sys, time
+from rlbook.plumbing.runtime import RayRuntime
+
+class Worker:
+    def work(self):
+        print("a worker's chatter")
+        return 7
+
+how = sys.argv[1]
+runtime = RayRuntime(num_cpus=1)
+if how == "forgotten":
+    runtime.__enter__()
+    worker = runtime.remote(Worker).remote()
+    print(runtime.get(worker.work.remote()), flush=True)
+else:
+    with runtime:
+        worker = runtime.remote(Worker).remote()
+        print(runtime.get(worker.work.remote()), flush=True)
+        if how == "exception":
+            raise SystemExit("left by an exception")
+        time.sleep(100)
+"""
+
+
+WAYS = ("exception", "forgotten", "interrupt", "kill")
+
+
+@pytest.fixture(scope="module")
+def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subprocess.Popen]]:
+    """One program for each way out, all started together because a start of Ray takes seconds."""
+    program = tmp_path_factory.mktemp("runtime") / "program.py"
+    program.write_text(PROGRAM)
+    root = str(Path(__file__).parents[2])
+    started = {
+        how: subprocess.Popen(
+            [sys.executable, str(program), how],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": root},
+        )
+        for how in WAYS
+    }
+    yield started
+    for child in started.values():
+        child.kill()
+        child.communicate()
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_nothing_is_left(how: str, children: dict[str, subprocess.Popen]):
+    child = children[how]
+    assert child.stdout is not None
+    assert child.stdout.readline() == "7\n"
+    signals = {"interrupt": signal.SIGINT, "kill": signal.SIGKILL}
+    if how in signals:
+        assert ray_processes(child.pid)  # the count sees what is to be gone
+        child.send_signal(signals[how])
+    out, err = child.communicate(timeout=60)
+    assert out == ""
+    if how in ("forgotten", "kill"):
+        assert err == ""
+    elif how == "exception":
+        assert err == "left by an exception\n"
+    deadline = time.monotonic() + 30
+    while (left := ray_processes(child.pid)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert left == []
