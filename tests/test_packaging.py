@@ -98,8 +98,9 @@ def test_the_wheel_works_in_an_empty_environment(tmp_path: Path) -> None:
     python = home / "bin" / "python"
     code = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
     packages = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
-    target = [sys.executable, "-m", "pip", "install", "--no-deps", "-q", "--prefix", str(home)]
-    subprocess.run([*target, str(wheel)], check=True, cwd=tmp_path)
+    # pip acts on the new environment alone; a mere --prefix would uninstall this one's rlbook.
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "-q"]
+    subprocess.run([*install, str(wheel)], check=True, cwd=tmp_path)
     installed = Path(packages.stdout.strip())
     assert (installed / "rlbook" / "cli.py").is_file()
     here = sysconfig.get_paths()["purelib"]

@@ -197,8 +197,10 @@ def test_a_failing_or_noisy_cell_is_shown(tmp_path: Path, cell: str, shown: list
 @pytest.mark.slow
 def test_a_ray_process_left_behind_is_found(tmp_path: Path) -> None:
     leak = """
-        import ray
-        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        import contextlib, io
+        with contextlib.redirect_stderr(io.StringIO()):
+            import ray
+            ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     """
     with pytest.raises(ChapterError, match="left .* Ray processes"):
         execute(notebook(textwrap.dedent(leak)), tmp_path)
