@@ -203,7 +203,7 @@ def test_a_ray_process_left_behind_is_found(tmp_path: Path) -> None:
             ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     """
     with pytest.raises(ChapterError, match="left .* Ray processes"):
-        execute(notebook(textwrap.dedent(leak)), tmp_path)
+        execute(notebook(textwrap.dedent(leak)), tmp_path, patience_s=1)
 
 
 @pytest.mark.slow

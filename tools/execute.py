@@ -23,6 +23,7 @@ QUIET = {
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     "PYGAME_HIDE_SUPPORT_PROMPT": "1",
     "PYTHONUTF8": "1",
+    "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm on the lookout for widgets
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "SDL_AUDIODRIVER": "dummy",
     "SDL_VIDEODRIVER": "dummy",
@@ -48,11 +49,13 @@ def write(notebook: nbformat.NotebookNode, path: Path) -> None:
     aside.replace(path)
 
 
-def execute(notebook: nbformat.NotebookNode, folder: Path, timeout_s: int = 900) -> float:
+def execute(
+    notebook: nbformat.NotebookNode, folder: Path, timeout_s: int = 900, patience_s: float = 10.0
+) -> float:
     """Execute all cells in place with `folder` as working directory; return the seconds it took.
 
     Raises ChapterError with the failing cell and its traceback, or with what was written to stderr,
-    or with the Ray processes that the last cell left running.
+    or with the Ray processes that still run `patience_s` after the last cell.
     """
     client = nbclient.NotebookClient(
         notebook,
@@ -75,7 +78,7 @@ def execute(notebook: nbformat.NotebookNode, folder: Path, timeout_s: int = 900)
                 raise ChapterError(_failure(cell, index, f"{error}")) from None
             _check_stderr(cell, index)
         provisioner: Any = client.km and client.km.provisioner
-        _check_ray(provisioner.pid)
+        _check_ray(provisioner.pid, patience_s)
     return time.perf_counter() - start
 
 
@@ -142,7 +145,7 @@ def _check_stderr(cell: Any, index: int) -> None:
             raise ChapterError(_failure(cell, index, f"written to stderr:\n{output.text}"))
 
 
-def _check_ray(pid: int, patience_s: float = 10.0) -> None:
+def _check_ray(pid: int, patience_s: float) -> None:
     end = time.monotonic() + patience_s
     while left := ray_processes(pid):
         if time.monotonic() > end:
