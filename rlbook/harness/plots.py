@@ -1,15 +1,16 @@
-"""Figures in one style: colours that the colour-blind can tell apart, readable on light and dark pages.
+"""Figures in one style: colours that all can tell apart, readable on light and dark pages.
 
-Curves over seeds show the interquartile mean with a bootstrap interval (Agarwal et al., 2021, "Deep reinforcement
-learning at the edge of the statistical precipice").
+Curves over seeds show the interquartile mean with a bootstrap interval (Agarwal et al., 2021, "Deep
+reinforcement learning at the edge of the statistical precipice").
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
+import matplotlib.ticker
 import numpy as np
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -53,7 +54,7 @@ def use_style() -> None:
             "figure.facecolor": COLORS["paper"],
             "axes.facecolor": COLORS["paper"],
             "savefig.facecolor": COLORS["paper"],
-            "axes.prop_cycle": mpl.cycler(color=CYCLE),
+            "axes.prop_cycle": cycler(color=CYCLE),
             "axes.edgecolor": COLORS["ink"],
             "axes.labelcolor": COLORS["ink"],
             "axes.titlecolor": COLORS["ink"],
@@ -67,6 +68,7 @@ def use_style() -> None:
             "axes.titleweight": "bold",
             "axes.titlepad": 10,
             "axes.grid": True,
+            "axes.axisbelow": True,
             "grid.color": "#D9DEE3",
             "grid.linewidth": 0.7,
             "lines.linewidth": 2.0,
@@ -80,7 +82,7 @@ def use_style() -> None:
 
 
 def interquartile_mean(values: np.ndarray) -> np.ndarray:
-    """Mean of the middle half over axis 0: `[seeds, points]` → `[points]` (fractional ends weighted)."""
+    """Mean of the middle half over axis 0, `[seeds, points]` → `[points]`; ends weighted."""
     ordered = np.sort(values, axis=0)
     seeds = len(ordered)
     edges = np.arange(seeds + 1) / seeds
@@ -93,7 +95,10 @@ def interquartile_mean(values: np.ndarray) -> np.ndarray:
 def bootstrap_interval(
     values: np.ndarray, *, level: float = 0.95, samples: int = 500, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Percentile interval of the interquartile mean over resampled seeds: `[seeds, points]` → two `[points]`."""
+    """Percentile interval of the interquartile mean over resampled seeds.
+
+    `[seeds, points]` → low and high, `[points]` each.
+    """
     rng = np.random.default_rng(seed)
     draws = rng.integers(len(values), size=(samples, len(values)))
     means = np.stack([interquartile_mean(values[draw]) for draw in draws])
@@ -106,7 +111,8 @@ def on_grid(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Curves of several seeds at common places: (grid `[points]`, values `[seeds, points]`).
 
-    The grid ends where the longest run ends; a run that stopped earlier (solved) keeps its last value.
+    The grid ends where the longest run ends; a run that stopped earlier (solved) keeps its last
+    value.
     """
     kept = [(c[x][~np.isnan(c[y])], c[y][~np.isnan(c[y])]) for c in curves]
     kept = [(at, value) for at, value in kept if len(at)]
@@ -152,6 +158,8 @@ def learning_curves(
             ax.fill_between(grid, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     if goal is not None:
         ax.axhline(goal, color=COLORS["grey"], linestyle="--", linewidth=1.2)
+    if x.endswith("_steps"):
+        ax.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=" "))
     ax.set_xlabel(LABELS.get(x, x))
     ax.set_ylabel(LABELS.get(y, y.replace("_", " ")))
     if title:
