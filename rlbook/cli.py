@@ -1,4 +1,7 @@
-"""The command `rlbook`: list, train, eval, plot, video, record, doctor. Heavy modules are imported only when needed."""
+"""The command `rlbook`: list, train, eval, plot, video, record, doctor.
+
+Heavy modules are imported only when they are needed.
+"""
 
 import argparse
 import contextlib
@@ -84,7 +87,8 @@ def _list(options: argparse.Namespace, rest: list[str]) -> int:
     for name, text in SYSTEMS.items():
         print(f"{name:16} {text}")
     print(
-        "\nrlbook train SYSTEM --help shows a system's settings, rlbook train SYSTEM --preset its presets."
+        "\nrlbook train SYSTEM --help shows a system's settings,"
+        " rlbook train SYSTEM --preset its presets."
     )
     return 0
 
@@ -154,9 +158,8 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
 def summary_lines(result: Any) -> list[str]:
     """What a run came to, for people."""
     metrics = result.metrics
-    lines = [
-        f"{result.system} on {result.config.env_id}, seed {result.config.seed}: {result.stopped_because}"
-    ]
+    where = f"{result.system} on {result.config.env_id}, seed {result.config.seed}"
+    lines = [f"{where}: {result.stopped_because}"]
     if result.env_steps:
         lines.append(
             f"  {result.env_steps:,} env steps in {result.wall_time_s:.2f} s of training"

@@ -1,14 +1,16 @@
 """The shapes that flow through every system: NamedTuples of arrays, time first.
 
-A *vector* of B environments takes T steps. Row t of an unroll is the step from observation x_t to x_{t+1}:
+A *vector* of B environments takes T steps. Row t of an unroll is the step from observation x_t to
+x_{t+1}:
 
     env_outputs   x_0      x_1      x_2   …   x_T        T + 1 rows, [T+1, B, ...]
     agent_outputs     a_0      a_1     …  a_{T-1}        T rows,     [T, B, ...]
                       └ reward[1], discount[1], first[1]: what a_0 led to
 
-The last observation of one unroll is the first of the next, so that x_T can be bootstrapped from. `discount` is 0.0 where
-the environment *terminated* and 1.0 everywhere else, also at a time limit; `first` marks the observation after a reset.
-The row that leads from a final observation to a reset (`first[t+1]`) is no step of the environment: it is not *valid*.
+The last observation of one unroll is the first of the next, so that x_T can be bootstrapped from.
+`discount` is 0.0 where the environment *terminated* and 1.0 everywhere else, also at a time limit;
+`first` marks the observation after a reset. The row that leads from a final observation to a reset
+(`first[t+1]`) is no step of the environment: it is not *valid*.
 """
 
 from collections.abc import Callable
@@ -18,7 +20,7 @@ import numpy as np
 
 
 class EnvOutput(NamedTuple):
-    """What an environment says at one moment: arrays `[B, ...]`, or `[T+1, B, ...]` in an unroll."""
+    """What an environment says at one moment: arrays `[B, ...]`; `[T+1, B, ...]` in an unroll."""
 
     observation: Any
     """x_t."""
@@ -73,7 +75,10 @@ class Unroll(NamedTuple):
 
 
 def tree_map(function: Callable[..., Any], *trees: Any) -> Any:
-    """Applies `function` to the leaves of NamedTuples, tuples, lists and dicts of one structure; None stays."""
+    """Applies `function` to the leaves of trees of one structure; None stays.
+
+    A tree is made of NamedTuples, tuples, lists and dicts.
+    """
     tree = trees[0]
     if tree is None:
         return None

@@ -1,4 +1,4 @@
-"""DQN: Q-learning with a network, a replay memory that breaks up time, and a target network that stands still.
+"""DQN: Q-learning with a network, a replay that breaks up time, and a target that stands still.
 
       ┌──────────────────────────── one process ────────────────────────────┐
       │                                                                     │
@@ -10,14 +10,15 @@
       │                                        (if prioritised)       Q     │
       └─────────────────────────────────────────────────────────────────────┘
 
-This is Q-learning with: a network for the table, a replay memory, and a target network copied from the online one every
-`target_period` updates (Mnih et al., 2015, "Human-level control through deep reinforcement learning", algorithm 1). On
-top, each with a switch of its own: double Q-learning (van Hasselt et al., 2016), dueling heads (Wang et al., 2016), n-step
-returns (Sutton, 1988; in DQN by Hessel et al., 2018), prioritised replay (Schaul et al., 2016).
+This is Q-learning with: a network for the table, a replay memory, and a target network copied from
+the online one every `target_period` updates (Mnih et al., 2015, "Human-level control through deep
+reinforcement learning", algorithm 1). On top, each with a switch of its own: double Q-learning (van
+Hasselt et al., 2016), dueling heads (Wang et al., 2016), n-step returns (Sutton, 1988; in DQN by
+Hessel et al., 2018), prioritised replay (Schaul et al., 2016).
 
-Differs from the paper: Adam; B copies act together and one update follows every `update_period` vector steps, so that the
-replay ratio is batch_size / (B · update_period). An episode that ends at a time limit is bootstrapped from; importance
-weights are divided by the largest of their batch.
+Differs from the paper: Adam; B copies act together and one update follows every `update_period`
+vector steps, so that the replay ratio is batch_size / (B · update_period). An episode that ends at
+a time limit is bootstrapped from; importance weights are divided by the largest of their batch.
 
 Book: chapter 03
 """
@@ -91,8 +92,8 @@ class Config(RunConfig):
         at_least(self, 0.0, "learning_rate", "max_gradient_norm")
         if self.learning_starts > self.replay_capacity:
             raise ValueError(
-                f"learning_starts: {self.learning_starts} transitions never fit into a replay_capacity"
-                f" of {self.replay_capacity}"
+                f"learning_starts: {self.learning_starts} transitions never fit into a"
+                f" replay_capacity of {self.replay_capacity}"
             )
 
 
@@ -119,10 +120,11 @@ PRESETS = {
 
 
 class NStepWindow:
-    """Folds n steps of B copies into transitions: R = Σ γ^k r_k, discount = Π γ d_k, observation after the last.
+    """Folds n steps of B copies into transitions: R = Σ γ^k r_k, discount = Π γ d_k.
 
-    A window that meets the end of an episode stops there, with the discount of the steps really taken: 0 after a
-    termination, γ^k after a truncation, with the final observation to bootstrap from.
+    A window that meets the end of an episode stops there, with the discount of the steps really
+    taken: 0 after a termination, γ^k after a truncation, with the final observation to bootstrap
+    from.
     """
 
     def __init__(self, n_step: int, discount: float) -> None:
@@ -189,7 +191,10 @@ class Actor:
 
 
 def td_errors(online: nn.Module, target: nn.Module, batch: Transition, double: bool) -> Tensor:
-    """r + γ Q_target(x', a*) − Q(x, a), `[N]`; a* is the best action of the target network, or of the online one."""
+    """r + γ Q_target(x', a*) − Q(x, a), `[N]`.
+
+    a* is the best action of the target network or, if `double`, of the online one.
+    """
     q_tm1 = online(batch.obs_tm1)
     rows = {"a_tm1": batch.a_tm1, "r_t": batch.r_t, "discount_t": batch.discount_t}
     with torch.no_grad():

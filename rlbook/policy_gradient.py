@@ -9,15 +9,19 @@
       └── the learner waits for the unroll, the actor for the ──┘
                            new parameters
 
-This is the policy gradient theorem, ∇J = E[Σ_t A_t ∇ log π(a_t | x_t)], with three estimates of the advantage A_t:
+This is the policy gradient theorem, ∇J = E[Σ_t A_t ∇ log π(a_t | x_t)], with three estimates of the
+advantage A_t:
 
-- `reinforce`: the return of the whole episode, G_t (Williams, 1992, "Simple statistical gradient-following …");
-- `baseline`:  G_t − V(x_t), with a learnt value as baseline (Williams, 1992; Sutton & Barto, 2018, section 13.4);
-- `a2c`:       n steps of reward, then the value: r_t + … + γ^n V(x_{t+n}) − V(x_t), on unrolls of T steps by B copies:
-               the synchronous form of A3C (Mnih et al., 2016, algorithm S3).
+- `reinforce`: the return of the whole episode, G_t (Williams, 1992, "Simple statistical
+               gradient-following …");
+- `baseline`:  G_t − V(x_t), with a learnt value as baseline (Williams, 1992; Sutton & Barto, 2018,
+               section 13.4);
+- `a2c`:       n steps of reward, then the value: r_t + … + γ^n V(x_{t+n}) − V(x_t), on unrolls of T
+               steps by B copies: the synchronous form of A3C (Mnih et al., 2016, algorithm S3).
 
-Differs from the papers: Adam in place of plain gradient ascent or RMSProp; losses are means over valid rows. REINFORCE
-needs whole episodes: every copy plays one, and what a copy plays while it waits for the longest is thrown away.
+Differs from the papers: Adam in place of plain gradient ascent or RMSProp; losses are means over
+valid rows. REINFORCE needs whole episodes: every copy plays one, and what a copy plays while it
+waits for the longest is thrown away.
 
 Book: chapter 04
 """
@@ -151,7 +155,7 @@ class Actor:
         return sample_action(self.network, observation, self.rng)
 
     def unroll(self) -> tuple[Unroll, np.ndarray, int]:
-        """(unroll, valid `[T, B]`, environment steps taken): T steps for A2C, whole episodes for REINFORCE."""
+        """T steps for A2C, whole episodes for REINFORCE: (unroll, valid `[T, B]`, steps taken)."""
         if self.config.algorithm == "a2c":
             unroll = collect_unroll(self.envs, self.act, self.config.unroll_length)
             return unroll, unroll.valid, int(unroll.valid.sum())
@@ -169,9 +173,10 @@ class Actor:
 def collect_episodes(
     envs: Envs, act: Callable[[np.ndarray], AgentOutput], max_steps: int = 20_000
 ) -> tuple[Unroll, np.ndarray, int]:
-    """One whole episode of every copy, begun together: (unroll, valid `[T, B]`, environment steps taken)."""
+    """One whole episode of every copy, begun together: (unroll, valid `[T, B]`, steps taken)."""
     row = envs.reset()
-    env_rows, agent_rows, valid_rows = [row], [], []
+    env_rows, valid_rows = [row], []
+    agent_rows: list[AgentOutput] = []
     running, taken = np.ones(envs.num_envs, dtype=bool), 0
     while running.any() and len(agent_rows) < max_steps:
         agent_output = act(row.observation)

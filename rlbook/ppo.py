@@ -1,4 +1,4 @@
-"""PPO: proximal policy optimisation. Several epochs on one batch, with a clip that says how far the policy may go.
+"""PPO: proximal policy optimisation. Several epochs on one batch, and a clip on how far to go.
 
       ┌─────────────────────────── one process ───────────────────────────┐
       │                                                                   │
@@ -10,12 +10,14 @@
       │                       minibatches: clipped ratio · advantage ┘    │
       └───────────────────────────────────────────────────────────────────┘
 
-This is A2C with: the advantages of GAE (Schulman et al., 2016, "High-dimensional continuous control using generalized
-advantage estimation", equation 16), several epochs of minibatches on the same unroll, and the clipped surrogate
-objective (Schulman et al., 2017, "Proximal policy optimization algorithms", equation 7) in place of TRPO's constraint.
+This is A2C with: the advantages of GAE (Schulman et al., 2016, "High-dimensional continuous control
+using generalized advantage estimation", equation 16), several epochs of minibatches on the same
+unroll, and the clipped surrogate objective (Schulman et al., 2017, "Proximal policy optimization
+algorithms", equation 7) in place of TRPO's constraint.
 
-Differs from the paper: discrete actions; episodes that end at a time limit are bootstrapped from their final value; the
-value loss is not clipped unless `value_clip` is set; the step size is constant unless `anneal` is set.
+Differs from the paper: discrete actions; episodes that end at a time limit are bootstrapped from
+their final value; the value loss is not clipped unless `value_clip` is set; the step size is
+constant unless `anneal` is set.
 
 Book: chapter 04
 """
@@ -212,7 +214,7 @@ class Learner:
         self.env_steps = self.learner_steps = 0
 
     def minibatches(self, samples: int) -> Iterator[Tensor]:
-        """Indices: `epochs` shuffles of all samples, each cut into parts of about `minibatch_size`."""
+        """Indices: `epochs` shuffles of all samples, cut into parts of about `minibatch_size`."""
         parts = max(1, round(samples / self.config.minibatch_size))
         for _ in range(self.config.epochs):
             for indices in np.array_split(self.rng.permutation(samples), parts):

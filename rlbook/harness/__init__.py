@@ -1,1 +1,1 @@
-"""What every run needs and no paper is about: configuration, logs, checkpoints, evaluation, plots."""
+"""What every run needs and no paper is about: settings, logs, checkpoints, evaluation, plots."""

@@ -1,4 +1,4 @@
-"""What the chapters need: `show` puts the package's own source on the page, `check` says that something holds."""
+"""What the chapters need: `show` puts the package's source on the page, `check` says what holds."""
 
 import ast
 import inspect

@@ -5,7 +5,6 @@ Written aside and then renamed: a crash or a full disk leaves the last good chec
 
 import json
 import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,11 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """
     arrays: dict[str, np.ndarray] = {}
     tree = json.dumps({"format": FORMAT, "state": _encode(state, arrays)})
+    arrays["tree"] = np.frombuffer(tree.encode(), dtype=np.uint8)
     aside = path.with_name(path.name + ".part")
     try:
         with open(aside, "wb") as file:
-            np.savez(file, tree=np.frombuffer(tree.encode(), dtype=np.uint8), **arrays)
+            np.savez(file, **arrays)  # type: ignore[arg-type]
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
@@ -38,11 +38,12 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         raise OSError(error.errno, f"{path}: checkpoint not written ({reason}); {kept}") from error
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads what `save_checkpoint` wrote.
+def load_checkpoint(path: Path, system: str | None = None) -> dict[str, Any]:
+    """Reads what `save_checkpoint` wrote; with `system`, only if that system wrote it.
 
     Raises:
-        ValueError: there is no such file, or it is damaged, or it is no checkpoint of this book.
+        ValueError: there is no such file, or it is damaged, or it is no checkpoint of this book, or
+            it is one of another system.
     """
     if not path.is_file():
         raise ValueError(f"{path}: there is no checkpoint")
@@ -53,10 +54,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         if document["format"] != FORMAT:
             raise ValueError(f"format {document['format']!r}")
         state = _decode(document["state"], arrays)
-    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+        if not isinstance(state, dict):
+            raise ValueError("no tree")
+    except Exception as error:  # whatever a foreign file makes zipfile, numpy or json say
         raise ValueError(
-            f"{path}: damaged, or no checkpoint of rlbook ({type(error).__name__}); nothing was loaded"
+            f"{path}: damaged, or no checkpoint of rlbook ({type(error).__name__});"
+            " nothing was loaded"
         ) from error
+    if system is not None and state.get("system") != system:
+        raise ValueError(f"{path}: a checkpoint of {state.get('system')}, not of {system}")
     return state
 
 

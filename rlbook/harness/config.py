@@ -1,4 +1,4 @@
-"""What every run is told: one frozen dataclass for each system, and the fields that all of them share."""
+"""What every run is told: a frozen dataclass for each system, and the fields that all share."""
 
 import dataclasses
 import json
@@ -31,6 +31,8 @@ class BaseConfig:
 
     def __post_init__(self) -> None:
         """Refuses bad values: ValueError names the field, what is wrong and what is allowed."""
+        for field in dataclasses.fields(self):
+            _check_type(field.name, field.type, getattr(self, field.name))
         if self.seed < 0:
             raise ValueError(f"seed: must be 0 or larger, got {self.seed}")
         if self.run_dir is not None and self.resume is not None:
@@ -59,6 +61,23 @@ class RunConfig(BaseConfig):
         super().__post_init__()
         at_least(self, 1, "num_envs", "total_env_steps", "log_every_env_steps", "torch_threads")
         at_least(self, 0, "checkpoint_every_s")
+
+
+def _check_type(field: str, kind: Any, value: Any) -> None:
+    """ValueError if a number is none, or if a size (a tuple's items) is no integer >= 1."""
+    if kind in (int, float, int | None, float | None):
+        whole = kind in (int, int | None)
+        allowed = int | None if whole else int | float | None
+        missing = value is None and kind in (int, float)
+        if missing or isinstance(value, bool) or not isinstance(value, allowed):
+            text = "a whole number" if whole else "a number"
+            raise ValueError(f"{field}: must be {text}, got {value!r}")
+        if value is not None and value != value:
+            raise ValueError(f"{field}: must be a number, got {value}")
+    if kind == tuple[int, ...]:
+        sizes = value if isinstance(value, tuple) else (None,)
+        if not all(type(size) is int and size >= 1 for size in sizes):
+            raise ValueError(f"{field}: must be whole numbers of at least 1, got {value!r}")
 
 
 def at_least(config: Any, minimum: float, *fields: str) -> None:
@@ -96,7 +115,10 @@ def config_from_json(config_type: type[C], values: dict[str, Any], source: Path)
     if unknown:
         raise ValueError(f"{source}: fields that {config_type.__module__} does not know: {unknown}")
     fitted = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-    return config_type(**fitted)
+    try:
+        return config_type(**fitted)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
 def refuse_changes(stored: BaseConfig, config: BaseConfig) -> None:

@@ -1,4 +1,6 @@
-"""The book's drawing language: processes as boxes, references as arrows, who waits in a second colour."""
+"""The book's drawing language: processes as boxes, references as arrows, who waits in a second
+colour.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple

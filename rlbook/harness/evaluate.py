@@ -1,4 +1,4 @@
-"""Fresh episodes of a policy: what it is worth, counted by the episodes that begin and not by those that end."""
+"""Fresh episodes of a policy: what it is worth, counted by begun episodes, not by ended ones."""
 
 import os
 from dataclasses import dataclass
@@ -65,7 +65,8 @@ def evaluate(
 ) -> Evaluation:
     """Runs `episodes` episodes, each in a copy of its own and all begun together.
 
-    Counting the first N episodes that *end* would favour short ones; here every begun episode counts.
+    Counting the first N episodes that *end* would favour short ones; here every begun episode
+    counts.
 
     Args:
         policy: acts.
@@ -138,4 +139,4 @@ def write_video(path: str, frames: list[np.ndarray], fps: int) -> None:
         path, fps=fps, codec="libx264", quality=7, macro_block_size=2, ffmpeg_log_level="error"
     ) as writer:
         for frame in frames:
-            writer.append_data(frame[:height, :width])
+            writer.append_data(frame[:height, :width])  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: rows in memory, `metrics.jsonl`, TensorBoard, and one progress line.
+"""Where the numbers of a run go: rows in memory, `metrics.jsonl`, TensorBoard, a progress line.
 
 The names below mean the same in every system, so that any two runs can be laid side by side.
 """
@@ -38,6 +38,21 @@ METRICS = {
 """Names and meanings with units."""
 
 
+def read_rows(path: Path, rows: int | None = None) -> list[dict[str, Any]]:
+    """The first `rows` rows of a `metrics.jsonl` (default all).
+
+    Raises:
+        ValueError: the file is missing, damaged or shorter than `rows`.
+    """
+    try:
+        found = [json.loads(line) for line in path.read_text().splitlines()[:rows]]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: missing or damaged ({type(error).__name__})") from error
+    if len(found) < (rows or 0) or not all(isinstance(row, dict) for row in found):
+        raise ValueError(f"{path}: damaged (rows are missing)")
+    return found
+
+
 class RunLog:
     """Rows of metrics of one run.
 
@@ -52,8 +67,8 @@ class RunLog:
         if run_dir is None:
             return
         path = run_dir / "metrics.jsonl"
-        if kept_rows is not None and path.exists():
-            self.rows = [json.loads(line) for line in path.read_text().splitlines()[:kept_rows]]
+        if kept_rows is not None:
+            self.rows = read_rows(path, kept_rows)
         path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         self._file = path.open("a", buffering=1)
         from torch.utils.tensorboard import SummaryWriter
@@ -78,7 +93,7 @@ class RunLog:
 
 
 class Progress:
-    """One line that says how a run goes: a bar on a terminal, a few printed lines in a notebook, else nothing.
+    """How a run goes: a bar on a terminal, a few printed lines in a notebook, else nothing.
 
     Args:
         title: in front of the line.

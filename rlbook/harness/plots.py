@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
-import matplotlib.ticker
 import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 COLORS = {
     "blue": "#0072B2",
@@ -159,7 +159,7 @@ def learning_curves(
     if goal is not None:
         ax.axhline(goal, color=COLORS["grey"], linestyle="--", linewidth=1.2)
     if x.endswith("_steps"):
-        ax.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=" "))
+        ax.xaxis.set_major_formatter(EngFormatter(sep=" "))
     ax.set_xlabel(LABELS.get(x, x))
     ax.set_ylabel(LABELS.get(y, y.replace("_", " ")))
     if title:

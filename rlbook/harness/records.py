@@ -1,8 +1,11 @@
 """Records: long runs kept in the repository with all that is needed to believe and to repeat them.
 
-results/NAME/record.json     system, config, seeds, summaries, curves, machine, versions, commit, command
-results/NAME/policy.npz      the policy of the first seed (a checkpoint without replay and environments)
-results/NAME/episode.mp4     one fresh episode of it, where the environment can be drawn
+    results/NAME/record.json    system, config, summaries and curves of all seeds, machine,
+                                versions, commit, command
+    results/NAME/policy.npz     the policy of the first seed (a checkpoint of its network alone)
+    results/NAME/episode.mp4    one fresh episode of it, where the environment can be drawn
+
+`rlbook record` makes them, `record(NAME)` reads them.
 """
 
 import json
@@ -54,7 +57,7 @@ class Record:
     """Largest memory of the training process."""
 
     def median(self, metric: str) -> float:
-        """Median of a final metric over the seeds (seeds without it count as infinitely bad: NaN is refused)."""
+        """Median of a final metric over the seeds; ValueError if a seed lacks it."""
         values = [run.metrics[metric] for run in self.runs]
         if any(value is None for value in values):
             raise ValueError(f"{self.name}: not every seed has {metric!r}")
@@ -104,7 +107,7 @@ def peak_memory_mb() -> float:
 
 
 def make_record(folder: Path, system: str, config: Any, seeds: int, command: str) -> Path:
-    """Trains `seeds` seeds from `config.seed` on and keeps the record; returns the path of `record.json`.
+    """Trains `seeds` seeds from `config.seed` on, keeps the record, returns its `record.json`.
 
     Raises:
         ValueError: the folder exists, or seeds < 1.

@@ -1,129 +1,50 @@
 """One run: a clock, a log, checkpoints, and the rule that says when a task is solved.
 
-with Run("ppo", config, policy, parts) as run:      parts: whatever has state_dict / load_state_dict
-while run.running():                            starts the clock; False when the run is over
-...                                         a system's own loop
-run.record(env_steps=..., learner_steps=..., episodes=..., metrics=...)
-return run.result()
+    with Run("ppo", config, policy, parts) as run:    parts: what has state_dict, load_state_dict
+        while run.running():                          starts the clock; False when it is over
+            ...                                       a system's own loop
+            run.record(env_steps=..., learner_steps=..., episodes=..., metrics=...)
+    return run.result()
+
+The clock counts training alone: it stands still during evaluations and checkpoints.
 """
 
-import importlib
-import json
-import platform
 import time
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
-from rlbook import __version__
 from rlbook.harness.checkpoint import load_checkpoint, save_checkpoint
-from rlbook.harness.config import (
-    BaseConfig,
-    RunConfig,
-    config_from_json,
-    config_to_json,
-    refuse_changes,
-)
-from rlbook.harness.evaluate import Evaluation, Policy, evaluate, rollout_frames, write_video
+from rlbook.harness.config import refuse_changes
+from rlbook.harness.evaluate import Policy, evaluate
+from rlbook.harness.interrupt import Interrupts
 from rlbook.harness.log import Progress, RunLog
+from rlbook.harness.result import (
+    Result,
+    columns,
+    load_config,
+    make_run_dir,
+    system_module,
+    versions,
+    write_config,
+    write_json,
+)
 from rlbook.parts.envs import Episode
 
 CONFIRMING_EPISODES = 100
 
-
-@dataclass
-class Result:
-    """What a run came to."""
-
-    system: str
-    config: Any
-    metrics: dict[str, Any]
-    """Last values by name (`rlbook.harness.log.METRICS` says what they mean)."""
-    curves: dict[str, np.ndarray]
-    """Every logged metric as an array, one entry a row; `env_steps` and `wall_time_s` are the axes."""
-    env_steps: int
-    learner_steps: int
-    wall_time_s: float
-    policy: Policy
-    stopped_because: str
-    """"solved", "total_env_steps", "finished" or "interrupted"."""
-    checkpoint: Path | None = None
-    run_dir: Path | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
-    """What a system adds of its own (tabular systems: values, action values, policy table)."""
-
-    def plot(self, x: str = "env_steps", y: str = "episode_return_mean") -> Any:
-        """One curve of the run as a matplotlib figure."""
-        from rlbook.harness.plots import learning_curves
-
-        return learning_curves({self.system: [self]}, x=x, y=y)
-
-    def evaluate(self, episodes: int = 100, seed: int = 10_000) -> Evaluation:
-        """Fresh episodes of the final policy."""
-        return evaluate(self.policy, self.config.env_id, episodes=episodes, seed=seed)
-
-    def video(self, path: str | Path, seed: int = 10_000, fps: int = 30) -> float:
-        """Writes one fresh episode as mp4 and returns its return."""
-        frames, episode_return = rollout_frames(self.policy, self.config.env_id, seed=seed)
-        write_video(str(path), frames, fps)
-        return episode_return
-
-    @staticmethod
-    def load(run_dir: str | Path) -> "Result":
-        """A finished run from its folder; ValueError if there is none or it is damaged."""
-        folder = Path(run_dir)
-        config, system = load_config(folder)
-        state = load_checkpoint(folder / "checkpoint.npz")
-        if state["system"] != system:
-            raise ValueError(f"{folder}: the checkpoint is of {state['system']}, not of {system}")
-        summary = _read_json(folder / "result.json")
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        try:
-            policy = system_module(system).load_policy(config, state["parts"])
-        except (KeyError, RuntimeError, TypeError) as error:
-            raise ValueError(
-                f"{folder}: the checkpoint does not fit its config: {error}"
-            ) from error
-        return Result(
-            system=system,
-            config=config,
-            metrics=summary,
-            curves=_columns(rows),
-            env_steps=summary["env_steps"],
-            learner_steps=summary["learner_steps"],
-            wall_time_s=summary["wall_time_s"],
-            policy=policy,
-            stopped_because=summary["stopped_because"],
-            checkpoint=folder / "checkpoint.npz",
-            run_dir=folder,
-            extra=state.get("extra", {}),
-        )
-
-
-def system_module(system: str) -> Any:
-    """The module of a system by its stem; ValueError if there is none (systems are looked up by name here alone)."""
-    from rlbook.harness.systems import SYSTEMS
-
-    if system not in SYSTEMS:
-        raise ValueError(f"system: there is no {system!r}; one of {', '.join(SYSTEMS)}")
-    return importlib.import_module(f"rlbook.{system}")
-
-
-def load_config(folder: Path) -> tuple[Any, str]:
-    """(config, system) of a run folder; ValueError if it is none."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"run_dir: {folder} is no run folder (it holds no config.json)")
-    values = _read_json(folder / "config.json")
-    system = values.pop("system", None)
-    return config_from_json(system_module(str(system)).Config, values, folder / "config.json"), str(
-        system
-    )
+COUNTERS = (
+    "env_steps",
+    "learner_steps",
+    "episodes",
+    "evaluations",
+    "evaluation_time_s",
+    "evaluation_return_mean",
+)
+"""What a checkpoint keeps of a run's own counts."""
 
 
 class Run:
@@ -155,6 +76,7 @@ class Run:
         self._sums: dict[str, list[float]] = {}
         self._next_row = getattr(config, "log_every_env_steps", 1)
         self._clock: float | None = None
+        self._interrupts = Interrupts()
         self.extra: dict[str, Any] = {}
         self._kept_rows: int | None = None
         self.run_dir = self._open_folder()
@@ -163,17 +85,14 @@ class Run:
         self._saved_at = time.perf_counter()
 
     def __enter__(self) -> Self:
-        """Starts nothing: the clock starts with the first `running()`."""
+        """From here on Ctrl-C ends the run at the end of a turn; the clock does not run yet."""
+        self._interrupts.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> bool:
-        """Saves and closes. An interrupt (Ctrl-C) ends the run in good order; other errors go on."""
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> bool:
+        """Saves and closes. An interrupt (Ctrl-C) ends the run in good order; errors go on."""
         self._stop_clock()
+        self._interrupts.stop()
         interrupted = kind is KeyboardInterrupt
         if interrupted:
             self.stopped_because = "interrupted"
@@ -181,8 +100,11 @@ class Run:
             if kind is None or interrupted:
                 self.stopped_because = self.stopped_because or "finished"
                 self.checkpoint()
-                self._add_row()
-                self._write_result()
+                rows = self._log.rows
+                if self._sums or not rows or rows[-1]["env_steps"] != self.env_steps:
+                    self._add_row()
+                if self.run_dir is not None:
+                    write_json(self.run_dir / "result.json", self.summary())
         finally:
             self._progress.close()
             self._log.close()
@@ -190,6 +112,8 @@ class Run:
 
     def running(self) -> bool:
         """True while there is something left to do; starts the clock."""
+        if self.stopped_because is None and self._interrupts.asked:
+            self.stopped_because = "interrupted"
         if self.stopped_because is None and self.env_steps >= self._total():
             self.stopped_because = "total_env_steps"
         if self.stopped_because is not None:
@@ -238,7 +162,10 @@ class Run:
         return self._spent_s + running
 
     def checkpoint(self) -> None:
-        """Writes the checkpoint (with a run folder); OSError if the disk is full: the last one stays."""
+        """Writes the checkpoint, with a run folder.
+
+        OSError if it cannot be written (a full disk): the last one stays.
+        """
         if self.run_dir is None:
             return
         was_running = self._clock is not None
@@ -267,7 +194,7 @@ class Run:
             system=self.system,
             config=self.config,
             metrics=self.summary(),
-            curves=_columns(self._log.rows),
+            curves=columns(self._log.rows),
             env_steps=self.env_steps,
             learner_steps=self.learner_steps,
             wall_time_s=self.wall_time_s(),
@@ -280,22 +207,28 @@ class Run:
 
     def summary(self) -> dict[str, Any]:
         """The fields of `result.json`."""
-        seconds = self.wall_time_s()
         last = self._log.rows[-1] if self._log.rows else {}
         return {
-            **last,
             "system": self.system,
             "env_id": self.config.env_id,
             "seed": self.config.seed,
+            **last,
+            **self._counts(),
+            "evaluation_return_mean": self.evaluation_return_mean,
+            "evaluation_time_s": self.evaluation_time_s,
+            "stopped_because": self.stopped_because,
+        }
+
+    def _counts(self) -> dict[str, Any]:
+        seconds = self.wall_time_s()
+        return {
             "env_steps": self.env_steps,
             "learner_steps": self.learner_steps,
             "wall_time_s": seconds,
             "env_steps_per_s": self.env_steps / seconds if seconds else 0.0,
             "episodes": self.episodes,
             "episode_return_mean": _mean(self._returns),
-            "evaluation_return_mean": self.evaluation_return_mean,
-            "evaluation_time_s": self.evaluation_time_s,
-            "stopped_because": self.stopped_because,
+            "episode_length_mean": _mean(self._lengths),
         }
 
     def _total(self) -> int:
@@ -305,17 +238,8 @@ class Run:
         self._spent_s, self._clock = self.wall_time_s(), None
 
     def _add_row(self) -> None:
-        seconds = self.wall_time_s()
-        row = {
-            "env_steps": self.env_steps,
-            "learner_steps": self.learner_steps,
-            "wall_time_s": seconds,
-            "env_steps_per_s": self.env_steps / seconds if seconds else 0.0,
-            "episodes": self.episodes,
-            "episode_return_mean": _mean(self._returns),
-            "episode_length_mean": _mean(self._lengths),
-            **{name: float(np.mean(values)) for name, values in self._sums.items()},
-        }
+        row = self._counts()
+        row.update({name: _mean(values) for name, values in self._sums.items()})
         self._sums = {}
         self._log.add(row)
         shown = {"return": row["episode_return_mean"] or 0.0, "steps/s": row["env_steps_per_s"]}
@@ -327,7 +251,7 @@ class Run:
         return goal is not None and full and _mean(self._returns) >= goal
 
     def _confirm(self) -> None:
-        """100 fresh episodes of the policy must average the goal too; if not, a new window begins."""
+        """100 fresh episodes must average the goal too; if not, a new window begins."""
         self._stop_clock()
         begun = time.perf_counter()
         self.evaluations += 1
@@ -345,95 +269,52 @@ class Run:
         self._clock = time.perf_counter()
 
     def _open_folder(self) -> Path | None:
-        """Makes the run folder, or opens the one to resume and puts its state back into the parts."""
+        """Makes the run folder, or opens the one to resume and puts its state back."""
         if self.config.resume is not None:
             return self._resume(Path(self.config.resume))
         if self.config.run_dir is None:
             return None
         folder = Path(self.config.run_dir)
-        if folder.exists():
-            raise ValueError(f"run_dir: {folder} exists; give a new folder, or resume it")
-        folder.mkdir(parents=True)
-        self._write_config(folder)
+        make_run_dir(folder, self.system, self.config)
         return folder
-
-    def _write_config(self, folder: Path) -> None:
-        values = {"system": self.system, **config_to_json(replace(self.config, resume=None))}
-        values["run_dir"] = None
-        _write_json(folder / "config.json", values)
-        _write_json(folder / "versions.json", versions())
 
     def _resume(self, folder: Path) -> Path:
         stored, system = load_config(folder)
         if system != self.system:
             raise ValueError(f"resume: {folder} is a run of {system}, not of {self.system}")
         refuse_changes(stored, self.config)
-        state = load_checkpoint(folder / "checkpoint.npz")
-        if state["system"] != self.system or set(state["parts"]) != set(self.parts):
-            raise ValueError(f"resume: the checkpoint in {folder} is of another system")
+        state = load_checkpoint(folder / "checkpoint.npz", self.system)
         try:
-            for name, part in self.parts.items():
-                part.load_state_dict(state["parts"][name])
-        except (KeyError, RuntimeError, TypeError, AttributeError) as error:
-            raise ValueError(f"resume: the checkpoint in {folder} does not fit: {error}") from error
-        for name, value in state["counters"].items():
-            setattr(self, name, value)
+            self._load(state)
+        except (KeyError, RuntimeError, TypeError, AttributeError, ValueError) as error:
+            problem = " ".join(str(error).split())
+            raise ValueError(
+                f"resume: the checkpoint in {folder} does not fit: {problem}"
+            ) from error
+        goal = getattr(self.config, "stop_at_return", None)
+        if goal is not None and (self.evaluation_return_mean or -np.inf) >= goal:
+            self.stopped_because = "solved"
+        else:
+            self.evaluation_return_mean = None
+        write_config(folder, self.system, self.config)
+        return folder
+
+    def _load(self, state: dict[str, Any]) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(state["parts"][name])
+        for name in COUNTERS:
+            setattr(self, name, state["counters"][name])
         self._returns.extend(state["returns"])
         self._lengths.extend(state["lengths"])
         self._sums, self._next_row = state["sums"], state["next_row"]
         self._spent_s, self.extra = state["spent_s"], state["extra"]
         self._kept_rows = state["rows"]
-        self._write_config(folder)
-        return folder
-
-    def _write_result(self) -> None:
-        if self.run_dir is not None:
-            _write_json(self.run_dir / "result.json", self.summary())
 
 
-COUNTERS = (
-    "env_steps",
-    "learner_steps",
-    "episodes",
-    "evaluations",
-    "evaluation_time_s",
-)
+def _mean(values: Sequence[float]) -> float | None:
+    """The mean, or None where there is none (nothing to average, or no finite number)."""
+    mean = float(np.mean(list(values))) if values else np.nan
+    return mean if np.isfinite(mean) else None
 
 
-def versions() -> dict[str, str]:
-    """Python, this book and what it stands on."""
-    found = {"python": platform.python_version(), "rlbook": __version__}
-    for package in ("torch", "numpy", "gymnasium", "ray", "ale-py"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _columns(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {
-        name: np.array([np.nan if row.get(name) is None else row[name] for row in rows])
-        for name in names
-    }
-
-
-def _mean(values: deque[Any]) -> float | None:
-    return float(np.mean(values)) if values else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: missing or damaged ({type(error).__name__})") from error
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(json.dumps(values, indent=2) + "\n")
-    aside.replace(path)
-
-
-__all__ = ["BaseConfig", "Result", "Run", "RunConfig", "load_config", "system_module", "versions"]
+__all__ = ["Result", "Run", "load_config", "system_module", "versions"]

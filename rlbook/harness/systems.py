@@ -1,9 +1,9 @@
-"""The systems of the book by name, in the order of its chapters. They are imported only when asked for."""
+"""The systems of the book by name, in the order of its chapters; imported only when asked for."""
 
 SYSTEMS = {
     "mdp": "value and policy iteration: plain, vectorised, in parallel (chapter 01)",
     "td": "Monte Carlo, TD(0), SARSA, Q-learning on tables (chapter 02)",
-    "dqn": "deep Q-networks: replay, target network, double, dueling, n-step, prioritised (chapter 03)",
+    "dqn": "deep Q-networks: replay, target, double, dueling, n-step, prioritised (chapter 03)",
     "policy_gradient": "REINFORCE, REINFORCE with a baseline, A2C (chapter 04)",
     "ppo": "proximal policy optimisation with GAE (chapter 04)",
 }

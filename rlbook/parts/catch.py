@@ -5,8 +5,9 @@
     . . . . .
     . = . . .      reward +1 if the ball lands on the paddle, −1 if not; then the episode terminates
 
-After Mnih et al. (2014), "Recurrent Models of Visual Attention", section 4.3, and the `catch` of bsuite (Osband et al.,
-2020). An episode lasts `rows − 1` steps. The best return is +1; a random policy gets about −0.6 on five columns.
+After Mnih et al. (2014), "Recurrent Models of Visual Attention", section 4.3, and the `catch` of
+bsuite (Osband et al., 2020). An episode lasts `rows − 1` steps. The best return is +1; a random
+policy gets about −0.6 on five columns.
 """
 
 from typing import Any
@@ -18,7 +19,10 @@ from rlbook.parts.tiny import SingleEnv, TinyVectorEnv
 
 
 class CatchVectorEnv(TinyVectorEnv):
-    """B games of Catch: observations `[B, 1, rows, columns]` float32 of 0 and 1, actions 0 left, 1 stay, 2 right."""
+    """B games of Catch.
+
+    Observations `[B, 1, rows, columns]` float32 of 0 and 1; actions 0 left, 1 stay, 2 right.
+    """
 
     def __init__(
         self, num_envs: int = 1, rows: int = 10, columns: int = 5, render_mode: str | None = None

@@ -1,9 +1,11 @@
-"""Saves and restores the state of running environments, so that a resumed run goes on where it stopped.
+"""Saves and restores the state of running environments, so that a resumed run goes on where it
+stopped.
 
-An environment is a Python object. `snapshot` walks its attributes (through wrappers and vectors) and copies what is plain:
-numbers, text, arrays and numpy's random generators; `restore` puts them back into a freshly made environment of the same
-kind. If anything else is found that could change from step to step (a physics engine, an emulator), the answer is
-None: such a run resumes with fresh episodes.
+An environment is a Python object. `snapshot` walks its attributes (through wrappers and vectors)
+and copies what is plain: numbers, text, arrays and numpy's random generators; `restore` puts them
+back into a freshly made environment of the same kind. If anything else is found that could change
+from step to step (a physics engine, an emulator), the answer is None: such a run resumes with fresh
+episodes.
 """
 
 from collections import deque

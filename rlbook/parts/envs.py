@@ -1,16 +1,19 @@
-"""Vectors of environments behind one step: `make_envs` gives any Gymnasium id, the book's own and Atari.
+"""Vectors of environments behind one step: any Gymnasium id, the book's own, and Atari.
 
-    action [B] ──► Envs.step ──► EnvOutput [B]           rows of an unroll (NEXT_STEP autoreset)
-    action [B] ──► Envs.transition ──► Step [B]          single transitions for a replay (any autoreset mode)
+    action [B] ──► Envs.step ──► EnvOutput [B]       rows of an unroll (NEXT_STEP autoreset)
+    action [B] ──► Envs.transition ──► Step [B]      single transitions for a replay (any mode)
 
 Gymnasium's vectors reset ended episodes by themselves, in one of three ways (`AutoresetMode`):
 
-- NEXT_STEP (the default here): the final observation is returned as it is; the *next* step ignores the action and returns
-  the reset observation with reward 0. That pseudo-step is marked by `first` and is no valid step.
-- SAME_STEP: the step that ends an episode already returns the reset observation; the final one is in `info["final_obs"]`.
+- NEXT_STEP (the default here): the final observation is returned as it is; the *next* step ignores
+  the action and returns the reset observation with reward 0. That pseudo-step is marked by `first`
+  and is no valid step.
+- SAME_STEP: the step that ends an episode already returns the reset observation; the final one is
+  in `info["final_obs"]`.
 - DISABLED: nothing is reset; `transition` resets what has ended.
 
-Unrolls need NEXT_STEP, where bootstrapping through a time limit needs no special case: `step` refuses the others.
+Unrolls need NEXT_STEP, where bootstrapping through a time limit needs no special case: `step`
+refuses the others.
 """
 
 import difflib
@@ -54,7 +57,7 @@ class Episode(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One step of B copies as single transitions, the same in every autoreset mode: arrays `[B, ...]`."""
+    """One step of B copies as single transitions, alike in all autoreset modes: `[B, ...]`."""
 
     obs_tm1: np.ndarray
     a_tm1: np.ndarray
@@ -62,7 +65,7 @@ class Step(NamedTuple):
     discount_t: np.ndarray
     """0.0 on termination, else 1.0."""
     obs_t: np.ndarray
-    """The observation that the action led to: at an episode's end its final one, never the reset one."""
+    """What the action led to: at an episode's end its final observation, never the reset one."""
     ended: np.ndarray
     """True if the episode ended here, by termination or by truncation."""
     valid: np.ndarray
@@ -76,7 +79,8 @@ class Envs:
         vector_env: a Gymnasium `VectorEnv`.
         env_id: its name, for messages.
         seed: seeds the first reset; copy i gets its own stream.
-        reward_clip: clips the rewards that the learner sees to ±this; episode returns stay unclipped.
+        reward_clip: clips the rewards that the learner sees to ±this; episode returns stay
+            unclipped.
     """
 
     def __init__(
@@ -100,7 +104,10 @@ class Envs:
         self.reset(seed)
 
     def reset(self, seed: int | None = None) -> EnvOutput:
-        """Starts an episode in every copy and returns its first rows `[B]`; None goes on with the random streams."""
+        """Starts an episode in every copy and returns the first rows `[B]`.
+
+        Without a seed the random streams go on.
+        """
         observation, _ = self.vector_env.reset(seed=seed)
         self._ended = np.zeros(self.num_envs, dtype=bool)
         self._returns = np.zeros(self.num_envs)
@@ -118,8 +125,8 @@ class Envs:
         """One row `[B]` of an unroll. Needs NEXT_STEP autoreset (ValueError otherwise)."""
         if self.autoreset_mode is not AutoresetMode.NEXT_STEP:
             raise ValueError(
-                f"autoreset_mode: unrolls need NEXT_STEP, where the final observation is a row of its"
-                f" own, but {self.env_id} was made with {self.autoreset_mode.name}"
+                f"autoreset_mode: unrolls need NEXT_STEP, where the final observation is a row of"
+                f" its own, but {self.env_id} was made with {self.autoreset_mode.name}"
             )
         first = self._ended
         observation, reward, terminated, truncated, _ = self.vector_env.step(action)
@@ -164,7 +171,7 @@ class Envs:
         return self._returns.copy()
 
     def frame(self) -> np.ndarray:
-        """Copy 0 as an RGB image (needs render_mode "rgb_array"; Atari gives its last grey frame)."""
+        """Copy 0 as an RGB image (needs render_mode "rgb_array"; Atari gives a grey frame)."""
         images = self.vector_env.render() if self.vector_env.render_mode else None
         if images is not None and len(images):
             return np.asarray(images[0])
@@ -187,7 +194,7 @@ class Envs:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken; fresh episodes where the environment could not be saved."""
+        """Continues where `state_dict` was taken, or with fresh episodes if it has no "env"."""
         if state["env"] is None:
             self.reset(seed=int(state["seed"]) + 1_000_003)
             return
@@ -202,7 +209,7 @@ class Envs:
         return np.array(observation, dtype=self._observation_type)
 
     def _book(self, reward: np.ndarray, ended: np.ndarray, first: np.ndarray) -> np.ndarray:
-        """Adds a step to the running returns, notes finished episodes, returns what the learner sees."""
+        """Adds a step to the running returns, notes ended episodes, gives the learner's reward."""
         reward = np.asarray(reward, dtype=np.float32)
         self._returns += reward
         self._lengths += 1
@@ -234,19 +241,21 @@ def make_envs(
     """A vector of `num_envs` copies of a Gymnasium environment.
 
     Args:
-        env_id: any Gymnasium id; `rlbook/Catch-v0`, `rlbook/GridWorld-v0`, `rlbook/Memory-v0`; Atari as `ALE/Pong-v5`
-            (needs the extra `atari`), with the preprocessing of Mnih et al. (2015): grey 84 × 84 frames, the maximum of
-            two, four stacked, each action four times, up to 30 no-ops at the start, no sticky actions, all lives.
+        env_id: any Gymnasium id; `rlbook/Catch-v0`, `rlbook/GridWorld-v0`, `rlbook/Memory-v0`;
+            Atari as `ALE/Pong-v5` (needs the extra `atari`), with the preprocessing of Mnih et al.
+            (2015): grey 84 × 84 frames, the maximum of two, four stacked, each action four times,
+            up to 30 no-ops at the start, no sticky actions, all lives.
         num_envs: B.
         seed: of the first reset.
-        autoreset_mode: "next_step", "same_step" or "disabled"; environments with a native vector have NEXT_STEP
-            alone and are stepped one by one for the others.
+        autoreset_mode: "next_step", "same_step" or "disabled"; environments with a native vector
+            have NEXT_STEP alone and are stepped one by one for the others.
         render_mode: None or "rgb_array".
         reward_clip: clips the learner's rewards to ±this; default 1.0 for Atari, none elsewhere.
         options: passed on to the environment.
 
     Raises:
-        ValueError: unknown environment, num_envs < 1, unknown mode, or an observation that is no array.
+        ValueError: unknown environment, num_envs < 1, unknown mode, or an observation that is no
+            array.
     """
     if num_envs < 1:
         raise ValueError(f"num_envs: must be at least 1, got {num_envs}")

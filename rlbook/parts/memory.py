@@ -1,12 +1,13 @@
-"""Memory: a cue is shown once, and asked for many steps later. No policy without memory beats a coin.
+"""Memory: a cue is shown once and asked for much later; without memory no policy beats a coin.
 
     step         0      1     2    …   delay
     cue         ±1      0     0          0       seen at the first step alone
     question     0      0     0          1       now the action must name the cue
-    reward       0      0     0         ±1       +1 if action = (cue > 0), else −1; then the episode terminates
+    reward       0      0     0         ±1       +1 if action = (cue > 0), else −1; then the end
 
-A policy that sees the present observation alone sees the same thing at the question whatever the cue was, so its
-expected return is exactly 0; with memory it is 1. Actions before the question change nothing.
+A policy that sees the present observation alone sees the same thing at the question whatever the
+cue was, so its expected return is exactly 0; with memory it is 1. Actions before the question
+change nothing.
 """
 
 from typing import Any
@@ -37,7 +38,7 @@ class MemoryVectorEnv(TinyVectorEnv):
 
     def _begin(self, which: np.ndarray) -> None:
         self.time[which] = 0
-        self.cue[which] = self.np_random.choice(np.float32([-1, 1]), size=int(which.sum()))
+        self.cue[which] = 2 * self.np_random.integers(2, size=int(which.sum())) - 1
 
     def _advance(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         asked = self.time >= self.delay

@@ -1,8 +1,10 @@
 """Networks: a torso for vectors or for Atari's frames, and the heads that the systems need.
 
-observation ──► torso ──► features ──► policy head: logits [.., A]        ActorCritic
-└──► value head:  value [..]
-└──► Q head, or dueling V + A: q [.., A] QNetwork
+    observation ──► torso ──► features ─┬─► policy head: logits [.., A]           ActorCritic
+                                        ├─► value head:  value [..]
+                                        └─► Q head, or dueling V + A: q [.., A]   QNetwork
+
+How a network acts on numpy observations, and the policies for evaluation, are here too.
 """
 
 from collections.abc import Sequence
@@ -15,7 +17,10 @@ from rlbook.data import AgentOutput
 
 
 class NatureTorso(nn.Module):
-    """The convolutions of Mnih et al. (2015), Methods: frames `[N, C, 84, 84]` uint8 → features `[N, 512]`."""
+    """The convolutions of Mnih et al. (2015), Methods.
+
+    Frames `[N, C, 84, 84]` uint8 → features `[N, 512]`.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -38,7 +43,10 @@ class NatureTorso(nn.Module):
 
 
 class MLPTorso(nn.Module):
-    """Fully connected layers: observations `[N, ...]`, flattened, → features `[N, hidden_sizes[-1]]`."""
+    """Fully connected layers.
+
+    Observations `[N, ...]`, flattened, → features `[N, hidden_sizes[-1]]`.
+    """
 
     def __init__(
         self, inputs: int, hidden_sizes: Sequence[int], activation: type[nn.Module]
@@ -61,7 +69,7 @@ def make_torso(
     hidden_sizes: Sequence[int],
     activation: type[nn.Module] = nn.ReLU,
 ) -> NatureTorso | MLPTorso:
-    """The convolutions for Atari's `(C, 84, 84)` frames, fully connected layers for everything else."""
+    """The convolutions for Atari's `(C, 84, 84)` frames, full connection for all else."""
     if tuple(observation_shape[1:]) == (84, 84):
         return NatureTorso(observation_shape[0])
     return MLPTorso(int(np.prod(observation_shape)), hidden_sizes, activation)

@@ -1,12 +1,13 @@
 """Small environments written once, as vectors: all B copies step in a few numpy calls.
 
-A subclass says how episodes begin (`_begin`), what a step does (`_advance`) and what is seen (`_observe`); this base
-adds Gymnasium's NEXT_STEP autoreset, and `SingleEnv` shows the same dynamics as an ordinary one-copy environment, so
-that `gymnasium.make` and `gymnasium.make_vec` give the same episodes.
+A subclass says how episodes begin (`_begin`), what a step does (`_advance`) and what is seen
+(`_observe`); this base adds Gymnasium's NEXT_STEP autoreset, and `SingleEnv` shows the same
+dynamics as an ordinary one-copy environment, so that `gymnasium.make` and `gymnasium.make_vec` give
+the same episodes.
 """
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -24,7 +25,7 @@ class TinyVectorEnv(gym.vector.VectorEnv):
         render_mode: None or "rgb_array".
     """
 
-    metadata: ClassVar[dict[str, Any]] = {
+    metadata: dict[str, Any] = {
         "autoreset_mode": AutoresetMode.NEXT_STEP,
         "render_modes": ["rgb_array"],
         "render_fps": 8,
@@ -91,7 +92,7 @@ class TinyVectorEnv(gym.vector.VectorEnv):
 class SingleEnv(gym.Env):
     """One copy of a `TinyVectorEnv` as an ordinary Gymnasium environment (no autoreset)."""
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 8}
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 8}
     vector_type: type[TinyVectorEnv]
 
     def __init__(self, render_mode: str | None = None, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Collects unrolls: T steps of B environments, with the one row of overlap that bootstrapping needs."""
+"""Collects unrolls: T steps of B environments, with the row of overlap that bootstrapping needs."""
 
 from collections.abc import Callable
 
@@ -19,7 +19,8 @@ def collect_unroll(
         unroll_length: T.
 
     Returns:
-        An unroll of newly allocated numpy arrays; row 0 of `env_outputs` is where the last unroll ended.
+        An unroll of newly allocated numpy arrays; row 0 of `env_outputs` is where the last unroll
+        ended.
     """
     row = envs.env_output
     env_rows, agent_rows = [row], []
