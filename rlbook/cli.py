@@ -28,15 +28,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rest and options.command not in ("train", "record"):
             raise ValueError(f"{options.command}: unknown argument {rest[0]!r}")
         return options.run(options, rest)
-    except (ValueError, OSError) as error:
-        print(f"rlbook: {error}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"rlbook: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         return INTERRUPTED
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with errors as the one line that `main` prints."""
+    """argparse without abbreviations, with errors as the one line that `main` prints."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> Any:
         raise ValueError(message)
@@ -101,7 +104,7 @@ def _config(system: str | None, words: list[str], command: str) -> Any:
     if system is None:
         raise ValueError(f"{command}: name a system, one of {', '.join(SYSTEMS)}")
     module = system_module(system)
-    early = _Parser(add_help=False, allow_abbrev=False)
+    early = _Parser(add_help=False)
     early.add_argument("--preset", nargs="?", const="")
     early.add_argument("--resume")
     chosen, words = early.parse_known_args(words)

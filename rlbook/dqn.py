@@ -37,7 +37,7 @@ from rlbook.harness.run import Result, Run
 from rlbook.maths.exploration import linear_schedule
 from rlbook.maths.losses import double_q_td_errors, huber, q_td_errors
 from rlbook.parts.envs import Envs, Step, make_envs, require_discrete
-from rlbook.parts.networks import GreedyPolicy, QNetwork, greedy_action
+from rlbook.parts.networks import GreedyPolicy, QNetwork, action_values
 from rlbook.parts.replay import PrioritizedReplay, Sample, UniformReplay
 
 
@@ -170,24 +170,34 @@ class Actor:
         self.num_actions = require_discrete(envs, "dqn")
         self.window = NStepWindow(config.n_step, config.discount)
         self.rng = np.random.default_rng([config.seed, 1])
+        self.turns = 0
+        self.q_mean = 0.0
 
     def step(self, epsilon: float) -> tuple[Transition | None, int]:
         """One step of every copy: (transitions that are ready, valid steps taken)."""
-        action = greedy_action(self.online, self.envs.env_output.observation)
+        q = action_values(self.online, self.envs.env_output.observation)
+        action, self.q_mean = q.argmax(-1), float(q.max(-1).mean())
         random = self.rng.random(len(action)) < epsilon
         if random.any():
             action[random] = self.rng.integers(self.num_actions, size=int(random.sum()))
         step = self.envs.transition(action)
+        self.turns += 1
         return self.window.push(step), int(step.valid.sum())
 
     def state_dict(self) -> dict[str, Any]:
-        """The window and the random generator."""
-        return {"window": self.window.state_dict(), "rng": self.rng.bit_generator.state}
+        """The window, the random generator and the count of turns."""
+        return {
+            "window": self.window.state_dict(),
+            "rng": self.rng.bit_generator.state,
+            "turns": self.turns,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from `state_dict`."""
-        self.window.load_state_dict(state["window"])
+        """Continues from `state_dict`; the window is empty if the episodes were begun anew."""
+        if not self.envs.restarted:
+            self.window.load_state_dict(state["window"])
         self.rng.bit_generator.state = state["rng"]
+        self.turns = state["turns"]
 
 
 def td_errors(online: nn.Module, target: nn.Module, batch: Transition, double: bool) -> Tensor:
@@ -301,7 +311,6 @@ def train(config: Config) -> Result:
         make_replay(config),
     )
     parts = {"envs": envs, "actor": actor, "learner": learner, "replay": replay}
-    turn = 0
     with Run("dqn", config, GreedyPolicy(online), parts) as run:
         while run.running():
             epsilon = linear_schedule(
@@ -310,14 +319,17 @@ def train(config: Config) -> Result:
             transitions, env_steps = actor.step(epsilon)
             if transitions is not None and len(transitions.r_t):
                 replay.add(transitions)
-            turn += 1
-            learns = len(replay) >= config.learning_starts and turn % config.update_period == 0
+            due = actor.turns % config.update_period == 0
+            learns = due and len(replay) >= config.learning_starts
             metrics = learn(learner, replay, config, run.env_steps) if learns else {}
+            metrics |= {"epsilon": epsilon, "q_mean": actor.q_mean, "replay_size": len(replay)}
+            sampled = learner.updates * config.batch_size
+            metrics["replay_ratio"] = sampled / (run.env_steps + env_steps)
             run.record(
                 env_steps=env_steps,
                 learner_steps=int(learns),
                 episodes=envs.episodes(),
-                metrics={**metrics, "epsilon": epsilon},
+                metrics=metrics,
             )
     envs.close()
     return run.result()

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from rlbook.data import AgentOutput, Unroll
-from rlbook.harness.config import RunConfig, at_least, within
+from rlbook.harness.config import RunConfig, above, at_least, within
 from rlbook.harness.run import Result, Run
 from rlbook.maths.losses import (
     clipped_surrogate_loss,
@@ -85,10 +85,11 @@ class Config(RunConfig):
         super().__post_init__()
         at_least(self, 1, "unroll_length", "epochs", "minibatch_size")
         within(self, 0.0, 1.0, "discount", "gae_lambda")
-        at_least(self, 0.0, "clip", "learning_rate", "value_cost", "entropy_cost")
+        above(self, 0.0, "clip")
+        at_least(self, 0.0, "learning_rate", "value_cost", "entropy_cost")
         at_least(self, 0.0, "max_gradient_norm")
         if self.value_clip is not None:
-            at_least(self, 0.0, "value_clip")
+            above(self, 0.0, "value_clip")
 
 
 PRESETS = {
@@ -224,6 +225,8 @@ class Learner:
         """All gradient steps on one unroll; the metrics are those of the last minibatch."""
         batch = make_batch(self.network, unroll, self.config)
         samples = len(batch.action)
+        if samples == 0:  # every row leads to a reset: there is nothing to learn from
+            return {}
         self.env_steps += samples
         if self.config.anneal:
             left = max(0.0, 1.0 - self.env_steps / self.config.total_env_steps)

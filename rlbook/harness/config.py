@@ -88,6 +88,14 @@ def at_least(config: Any, minimum: float, *fields: str) -> None:
             raise ValueError(f"{field}: must be at least {minimum}, got {value}")
 
 
+def above(config: Any, limit: float, *fields: str) -> None:
+    """ValueError for the first of `fields` that is not larger than `limit`."""
+    for field in fields:
+        value = getattr(config, field)
+        if not value > limit:
+            raise ValueError(f"{field}: must be larger than {limit}, got {value}")
+
+
 def within(config: Any, low: float, high: float, *fields: str) -> None:
     """ValueError for the first of `fields` outside [low, high]."""
     for field in fields:

@@ -122,6 +122,8 @@ def make_record(folder: Path, system: str, config: Any, seeds: int, command: str
             run_dir = str(Path(scratch) / f"seed{index}")
             seeded = replace(config, seed=config.seed + index, run_dir=run_dir)
             results.append(system_module(system).train(seeded))
+            if results[-1].stopped_because == "interrupted":
+                raise KeyboardInterrupt
         folder.mkdir(parents=True)
         state = load_checkpoint(Path(scratch) / "seed0" / "checkpoint.npz")
     _keep_policy(folder, state, results[0])

@@ -42,7 +42,7 @@ def restore(env: Any, state: dict[str, Any]) -> None:
 
 def _save(value: Any, seen: set[int]) -> Any:
     """A copy of plain data; objects become {"object": {attribute: copy}}."""
-    if isinstance(value, FIXED):
+    if isinstance(value, FIXED) or _is_constant(value):
         return {"fixed": True}
     if isinstance(value, PLAIN):
         return value.item() if isinstance(value, np.generic) else value
@@ -52,14 +52,22 @@ def _save(value: Any, seen: set[int]) -> Any:
         return {"generator": value.bit_generator.state}
     if id(value) in seen:
         return {"fixed": True}
+    if type(value) is tuple:
+        return {"tuple": [_save(item, seen) for item in value]}
     seen.add(id(value))
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {"dict": {key: _save(item, seen) for key, item in value.items()}}
-    if isinstance(value, list | tuple | deque):
+    if type(value) is dict and all(isinstance(key, PLAIN) for key in value):
+        return {"dict": [[key, _save(item, seen)] for key, item in value.items()]}
+    if type(value) is list or type(value) is deque:
         return {"list": [_save(item, seen) for item in value]}
     if isinstance(value, gym.Env | gym.vector.VectorEnv):
         return {"object": {key: _save(item, seen) for key, item in vars(value).items()}}
     raise UnsavableError(type(value).__name__)
+
+
+def _is_constant(value: Any) -> bool:
+    """Frozen dataclasses, and classes that say so by `constant = True`, never change."""
+    frozen = getattr(getattr(type(value), "__dataclass_params__", None), "frozen", False)
+    return frozen or getattr(type(value), "constant", False) is True
 
 
 def _load(value: Any, state: Any) -> Any:
@@ -76,17 +84,29 @@ def _load(value: Any, state: Any) -> Any:
         generator = np.random.Generator(getattr(np.random, state["generator"]["bit_generator"])())
         generator.bit_generator.state = state["generator"]
         return generator
+    if "tuple" in state:
+        return tuple(_load_items(value, state["tuple"]))
+    if "list" in state:
+        items = _load_items(value, state["list"])
+        if not isinstance(value, list | deque):
+            return items
+        value.clear()
+        value.extend(items)
+        return value
     if "dict" in state:
         old = value if isinstance(value, dict) else {}
-        return {key: _load(old.get(key), item) for key, item in state["dict"].items()}
-    if "list" in state:
-        olds = list(value) if value is not None and len(value) == len(state["list"]) else None
-        items = [_load(olds[i] if olds else None, s) for i, s in enumerate(state["list"])]
-        if isinstance(value, deque):
-            return deque(items, maxlen=value.maxlen)
-        return tuple(items) if isinstance(value, tuple) else items
+        pairs = [(key, _load(old.get(key), item)) for key, item in state["dict"]]
+        old.clear()
+        old.update(pairs)
+        return old
     for key, item in state["object"].items():
         loaded = _load(getattr(value, key, None), item)
         if loaded is not getattr(value, key, None):
             setattr(value, key, loaded)
     return value
+
+
+def _load_items(value: Any, states: list[Any]) -> list[Any]:
+    fits = isinstance(value, list | tuple | deque) and len(value) == len(states)
+    olds = list(value) if fits else [None] * len(states)
+    return [_load(old, state) for old, state in zip(olds, states, strict=True)]

@@ -101,6 +101,8 @@ class Envs:
         self.seed = seed
         uint8 = self.observation_space.dtype == np.uint8
         self._observation_type = np.uint8 if uint8 else np.float32
+        self.restarted = False
+        """True if `load_state_dict` had to begin new episodes."""
         self.reset(seed)
 
     def reset(self, seed: int | None = None) -> EnvOutput:
@@ -196,6 +198,7 @@ class Envs:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken, or with fresh episodes if it has no "env"."""
         if state["env"] is None:
+            self.restarted = True
             self.reset(seed=int(state["seed"]) + 1_000_003)
             return
         restore(self.vector_env, state["env"])
@@ -279,6 +282,8 @@ def require_discrete(envs: Envs, system: str) -> int:
             f"env_id: {envs.env_id} has the action space {envs.action_space}, but {system} needs a"
             f" discrete one"
         )
+    if envs.action_space.start != 0:
+        raise ValueError(f"env_id: the actions of {envs.env_id} must be counted from 0")
     return int(envs.action_space.n)
 
 
@@ -289,27 +294,21 @@ def _make_gymnasium(
     render_mode: str | None,
     options: dict[str, Any],
 ) -> gym.vector.VectorEnv:
+    sync: dict[str, Any] = {"vectorization_mode": "sync", "vector_kwargs": {"autoreset_mode": mode}}
+    flat = {**sync, "wrappers": [gym.wrappers.FlattenObservation]}
     try:
         native = gym.spec(env_id).vector_entry_point is not None
         native = native and mode is AutoresetMode.NEXT_STEP
-        envs = gym.make_vec(
-            env_id,
-            num_envs,
-            vectorization_mode="vector_entry_point" if native else "sync",
-            vector_kwargs=None if native else {"autoreset_mode": mode},
-            render_mode=render_mode,
-            **options,
-        )
+        how: dict[str, Any] = {"vectorization_mode": "vector_entry_point"} if native else sync
+        envs = gym.make_vec(env_id, num_envs, render_mode=render_mode, **how, **options)
+        if not isinstance(envs.single_observation_space, gym.spaces.Box):
+            envs.close()
+            envs = gym.make_vec(env_id, num_envs, render_mode=render_mode, **flat, **options)
     except (gym.error.Error, ModuleNotFoundError, TypeError) as error:
         raise ValueError(f"env_id: cannot make {env_id!r}: {_one_line(error)}") from error
     if not isinstance(envs.single_observation_space, gym.spaces.Box):
-        try:
-            envs = gym.wrappers.vector.FlattenObservation(envs)
-        except Exception as error:
-            space = envs.single_observation_space
-            raise ValueError(
-                f"env_id: {env_id} has the observation space {space}, which cannot be flattened"
-            ) from error
+        space = envs.single_observation_space
+        raise ValueError(f"env_id: {env_id} has the observation space {space}, which is no array")
     return envs
 
 
@@ -323,6 +322,8 @@ def _make_atari(
         raise ValueError(
             f"env_id: {env_id} needs the Atari emulator: pip install 'rlbook[atari]'"
         ) from error
+    if mode is AutoresetMode.DISABLED:
+        raise ValueError(f"autoreset_mode: {env_id} knows next_step and same_step alone")
     gym.register_envs(ale_py)
     if env_id not in gym.registry:
         close = difflib.get_close_matches(env_id, list(gym.registry), n=1)

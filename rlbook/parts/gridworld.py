@@ -65,6 +65,9 @@ class GridMap:
     an open cell.
     """
 
+    constant = True
+    """Never changes: no part of an environment's state."""
+
     def __init__(self, rows: Sequence[str]) -> None:
         if not rows or len({len(row) for row in rows}) != 1 or not rows[0]:
             raise ValueError("rows: a map needs at least one row, and all rows of the same length")

@@ -164,9 +164,14 @@ def sample_action(
 
 
 @torch.inference_mode()
+def action_values(network: QNetwork, observation: np.ndarray) -> np.ndarray:
+    """Q(x, ·) of observations `[B, ...]`: `[B, A]`."""
+    return network(torch.from_numpy(observation)).numpy()
+
+
 def greedy_action(network: QNetwork, observation: np.ndarray) -> np.ndarray:
     """The action of the largest value, `[B]` int64."""
-    return network(torch.from_numpy(observation)).argmax(-1).numpy()
+    return action_values(network, observation).argmax(-1)
 
 
 class SamplingPolicy:
