@@ -1,0 +1,77 @@
+"""One training run of a system of the book in a fresh process; its row goes to stdout as JSON.
+
+    python -m benchmarks.trial ppo --seed 1 --goal 475        until solved
+    python -m benchmarks.trial ppo --seconds 10               for its rate
+
+All settings are the system's defaults.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from typing import Any
+
+from rlbook.harness.records import peak_memory_mb
+from rlbook.harness.run import Result, system_module
+
+MODULES = {"ppo": "ppo", "a2c": "policy_gradient", "dqn": "dqn"}
+"""Name in the tables → module whose default preset it is."""
+
+PILOT_STEPS = 20_000
+
+
+def until_solved(system: str, seed: int, goal: float, env_id: str, **settings: Any) -> Result:
+    """Trains the default preset until it is solved or its total of steps is used up."""
+    module = system_module(MODULES[system])
+    config = replace(module.PRESETS["default"], env_id=env_id, seed=seed, progress=False)
+    return module.train(replace(config, stop_at_return=goal, **settings))
+
+
+def for_seconds(system: str, seed: int, seconds: float, env_id: str) -> Result:
+    """Trains at least `seconds`: a short run tells how many steps that takes, and warms up."""
+    module = system_module(MODULES[system])
+    config = replace(module.PRESETS["default"], env_id=env_id, seed=seed, progress=False)
+    pilot = PILOT_STEPS if seconds >= 1 else PILOT_STEPS // 10
+    result = module.train(replace(config, total_env_steps=pilot))
+    while result.wall_time_s < seconds:
+        rate = result.env_steps / result.wall_time_s
+        steps = max(int(1.1 * seconds * rate), result.env_steps + 1)
+        result = module.train(replace(config, total_env_steps=steps))
+    return result
+
+
+def row(system: str, result: Result) -> dict[str, Any]:
+    """The run as a row of a table."""
+    metrics = result.metrics
+    return {
+        "system": system,
+        "seed": result.config.seed,
+        "solved": result.stopped_because == "solved",
+        "env_steps": result.env_steps,
+        "wall_time_s": result.wall_time_s,
+        "env_steps_per_s": metrics["env_steps_per_s"],
+        "evaluation_return_mean": metrics["evaluation_return_mean"],
+        "num_envs": result.config.num_envs,
+        "memory_mb": peak_memory_mb(),
+    }
+
+
+def main() -> None:
+    """One run."""
+    parser = argparse.ArgumentParser(description="One training run of a system of the book.")
+    parser.add_argument("system", choices=sorted(MODULES))
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--env-id", default="CartPole-v1")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--goal", type=float)
+    what.add_argument("--seconds", type=float)
+    options = parser.parse_args()
+    if options.goal is not None:
+        result = until_solved(options.system, options.seed, options.goal, options.env_id)
+    else:
+        result = for_seconds(options.system, options.seed, options.seconds, options.env_id)
+    print(json.dumps(row(options.system, result)))
+
+
+if __name__ == "__main__":
+    main()

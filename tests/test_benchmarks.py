@@ -1,0 +1,174 @@
+"""The measurements run and write what they promise. How fast things are is no test."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import common, envs, imports, peer, rate, replay, solve, trial, value_iteration
+
+HEADER = {"benchmark", "command", "machine", "load_before", "versions", "targets", "rows"}
+
+
+def written(module: Any, folder: Path) -> dict[str, Any]:
+    """The file that a quick run leaves."""
+    name = module.__name__.rpartition(".")[2]
+    module.main(["--quick", "--out", str(folder)])
+    document = json.loads((folder / f"{name}.json").read_text())
+    assert set(document) >= HEADER
+    assert document["benchmark"] == name
+    assert document["command"] == f"python -m benchmarks.{name} --quick"
+    assert document["machine"]["cores"] >= 1 and "torch" in document["versions"]
+    assert not any(str(path) in json.dumps(document) for path in (folder, common.ROOT))
+    assert document["rows"]
+    return document
+
+
+def test_imports(tmp_path: Path) -> None:
+    rows = written(imports, tmp_path)["rows"]
+    assert [row["what"] for row in rows][0] == "import rlbook"
+    assert all(row["seconds"] > 0 for row in rows)
+    assert imports.import_seconds()[1] == []  # neither torch nor ray
+
+
+@pytest.mark.slow
+def test_value_iteration(tmp_path: Path) -> None:
+    document = written(value_iteration, tmp_path)
+    assert [row["backend"] for row in document["rows"]][:2] == ["plain Python", "arrays"]
+    compared = [row["largest difference"] for row in document["rows"]]
+    assert all(difference < 1e-12 for difference in compared if difference is not None)
+    assert sum(difference is not None for difference in compared) == 4
+    assert document["solved_by_arrays"]["sweeps"] > 10
+
+
+def test_replay(tmp_path: Path) -> None:
+    rows = written(replay, tmp_path)["rows"]
+    operations = [(row["what"], row["operation"]) for row in rows]
+    whole = [("replay: rlbook", name) for name in ("sample", "update", "add")]
+    assert operations == [("tree: rlbook", "update"), ("tree: rlbook", "sample"), *whole]
+    assert all(row["items/s"] == pytest.approx(replay.BATCH * row["batches/s"]) for row in rows)
+
+
+def test_a_tree_that_finds_other_leaves_voids_the_race() -> None:
+    found = replay.trees(64)
+    replay.agree(found, 64)
+    found["wrong"] = {"sample": lambda leaves, draws: np.zeros(len(draws), dtype=np.int64)}
+    with pytest.raises(RuntimeError, match="different leaves"):
+        replay.agree(found, 64)
+
+
+@pytest.mark.slow
+def test_envs(tmp_path: Path) -> None:
+    rows = written(envs, tmp_path)["rows"]
+    assert [row["envs"] for row in rows[1:]] == list(envs.MANY)
+    assert rows[0]["system"] == "a2c"
+    assert rows[0]["fraction"] == rows[0]["training steps/s"] / rows[0]["bare steps/s"]
+
+
+def test_the_ceiling_counts_valid_steps_alone() -> None:
+    made = envs.make_envs("rlbook/Catch-v0", 3, seed=0)
+    bare, book = envs.bare_step(made), None
+    counts = [bare(np.zeros(3, dtype=np.int64)) for _ in range(40)]
+    made.reset(0)
+    book = envs.book_step(made)
+    assert counts == [book(np.zeros(3, dtype=np.int64)) for _ in range(40)]
+    assert set(counts) == {0, 3}  # all copies of Catch end together: then comes a pseudo-step
+
+
+@pytest.mark.slow
+def test_rate(tmp_path: Path) -> None:
+    rows = written(rate, tmp_path)["rows"]
+    assert [row["system"] for row in rows] == list(trial.MODULES)
+    for row in rows:
+        assert row["seconds"] >= 0.2  # at least as long as was asked for
+        assert row["steps/s"] == pytest.approx(row["env steps"] / row["seconds"])
+
+
+@pytest.mark.slow
+def test_solve(tmp_path: Path) -> None:
+    document = written(solve, tmp_path)
+    assert [row["system"] for row in document["rows"]] == list(trial.MODULES)
+    for run, line in zip(document["rows"], document["summary"], strict=True):
+        assert run["solved"] and run["evaluation_return_mean"] >= document["goal"]
+        assert line["solved"] == "1 of 1" and line["seconds"] == run["wall_time_s"]
+
+
+def run_of(library: str, seconds: float, solved: bool = True) -> common.Row:
+    shared = {"library": library, "system": "ppo", "solved": solved, "wall_time_s": seconds}
+    return {**shared, "env_steps": 7, "env_steps_per_s": 1.0, "num_envs": 8, "memory_mb": 1.0}
+
+
+def test_an_unsolved_run_counts_as_infinitely_slow() -> None:
+    runs = [run_of("stable-baselines3", s, s < 60) for s in (5.0, 60.0, 6.0, 60.0, 60.0)]
+    line = solve.summary(runs, 60.0)
+    assert line["solved"] == "2 of 5"
+    assert line["seconds"] == line["slowest"] == "not in 60 s"
+    runs[1] = run_of("stable-baselines3", 9.0)
+    line = solve.summary(runs, 60.0)
+    assert (line["seconds"], line["slowest"]) == (9.0, "not in 60 s")
+
+
+def test_figures_tell_a_missed_target() -> None:
+    fast = [run_of("rlbook", seconds) for seconds in (1.0, 1.1, 1.2, 1.3, 3.7)]
+    assert [row["reached"] for row in solve.figures(fast, ["ppo"])] == [True, True]
+    two_late = [run_of("rlbook", seconds) for seconds in (1.0, 1.1, 1.2, 3.7, 3.8)]
+    assert [row["reached"] for row in solve.figures(two_late, ["ppo"])] == [True, False]
+    slow = [run_of("rlbook", 2.6) for _ in range(5)]
+    assert [row["reached"] for row in solve.figures(slow, ["ppo"])] == [False, True]
+    failed = [run_of("rlbook", 1.0, solved=False) for _ in range(5)]
+    assert [row["reached"] for row in solve.figures(failed, ["ppo"])] == [False, False]
+
+
+class Model:
+    """What the peer's clock asks of a model: CartPole by a hand-written rule, or always left."""
+
+    seed = 1
+
+    def __init__(self, balances: bool) -> None:
+        self.balances = balances
+
+    def predict(self, observation: np.ndarray, deterministic: bool) -> tuple[np.ndarray, None]:
+        assert deterministic
+        push = observation[:, 2] + 0.5 * observation[:, 3] + 0.02 * observation[:, 1] > 0
+        return (push if self.balances else 0 * push).astype(np.int64), None
+
+
+def clock(balances: bool) -> peer.Clock:
+    settings = peer.Settings(num_envs=2, total_steps=1, greedy=True, note="")
+    made = peer.Clock(Model(balances), settings, "CartPole-v1", 100.0, math.inf)
+    made.start()
+    return made
+
+
+def test_the_peers_clock_confirms_with_fresh_episodes() -> None:
+    """99 good training episodes are too few; the 100th asks for a confirmation, which counts."""
+    good, poor = clock(balances=True), clock(balances=False)
+    episode = [{"episode": {"r": 200.0}}]
+    for made in (good, poor):
+        assert all(made.step(episode) for _ in range(99)) and made.evaluations == 0
+    assert not good.step(episode)
+    assert good.evaluation_return_mean is not None and good.evaluation_return_mean >= 100.0
+    assert poor.step(episode) and poor.evaluations == 1 and not poor.returns
+    assert poor.evaluation_return_mean is None
+    assert good.env_steps == poor.env_steps == 100
+    assert poor.paused_s > 0
+
+
+def test_the_peers_schedule_falls_to_a_tenth() -> None:
+    schedule = peer.falling(1e-3, 1_000)
+    left = [1 - steps / peer.LONGEST_RUN for steps in (0, 500, 900, 1_000, 50_000)]
+    assert [schedule(x) for x in left] == pytest.approx([1e-3, 5e-4, 1e-4, 1e-4, 1e-4], rel=1e-5)
+
+
+def test_a_failing_process_is_told() -> None:
+    with pytest.raises(RuntimeError, match="invalid choice"):
+        common.child(["benchmarks.trial", "nothing", "--seconds", "1"])
+
+
+def test_a_quick_run_leaves_the_stored_results_alone() -> None:
+    options = common.parser("").parse_args(["--quick"])
+    assert common.keep("never", [], [], options) is None
+    assert not (common.RESULTS / "never.json").exists()
