@@ -9,6 +9,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.rlbook-stamp
 BENCH := .venv-bench
+# Peers of the sum tree: single files of them are read, so nothing that they depend on is needed.
+TREES := agilerl==2.58.0 dopamine-rl==4.1.2
 EXTRAS := atari,book,test
 # The notebooks run in a copy, so that what they write stays out of chapters/.
 COPY := _build/check
@@ -67,6 +69,7 @@ $(BENCH)/.rlbook-stamp: pyproject.toml constraints.txt | $(STAMP)
 	@test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
 	@$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") -c constraints.txt -e ".[bench]"
+	@$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(TREES)
 	@touch $@
 
 wheel: $(STAMP) ## build the package's wheel into dist/
