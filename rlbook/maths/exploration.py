@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 def linear_schedule(step: int, *, start: float, end: float, steps: int) -> float:
     """From `start` at step 0 along a straight line to `end` at `steps`, and `end` ever after.
 
-    Mnih et al., Nature 518 (2015): ε from 1 to 0.1 over the first million frames.
+    Mnih et al., Nature 518 (2015): ε from 1 to 0.1 over the first million steps (which
+    the paper calls frames).
 
     Raises:
         ValueError: step < 0 or steps < 1.

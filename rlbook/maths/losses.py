@@ -160,8 +160,8 @@ def double_q_td_errors(
 ) -> Tensor:
     """δ = r_t + γ_t q_value(argmax_a q_selector(a)) - q_tm1(a_tm1).
 
-    Double DQN (van Hasselt et al., arXiv:1509.06461, eq. 4): one network chooses, another judges,
-    so that noise is not taken for value.
+    Double DQN (van Hasselt et al., arXiv:1509.06461): one network chooses, another judges, so that
+    noise is not taken for value.
 
     Args:
         q_tm1: `[B, A]`, online Q-values where the action was taken.

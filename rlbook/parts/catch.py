@@ -5,9 +5,9 @@
     . . . . .
     . = . . .      reward +1 if the ball lands on the paddle, −1 if not; then the episode terminates
 
-After Mnih et al. (2014), "Recurrent Models of Visual Attention", section 4.3, and the `catch` of
-bsuite (Osband et al., 2020). An episode lasts `rows − 1` steps. The best return is +1; a random
-policy gets about −0.6 on five columns.
+After a game of Mnih et al. (2014), "Recurrent Models of Visual Attention", in the small form that
+bsuite gave it (Osband et al., 2020, `catch`). An episode lasts `rows − 1` steps. The best return is
++1; a random policy gets −0.6 on average on five columns.
 """
 
 from typing import Any

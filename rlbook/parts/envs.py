@@ -247,7 +247,8 @@ def make_envs(
         env_id: any Gymnasium id; `rlbook/Catch-v0`, `rlbook/GridWorld-v0`, `rlbook/Memory-v0`;
             Atari as `ALE/Pong-v5` (needs the extra `atari`), with the preprocessing of Mnih et al.
             (2015): grey 84 × 84 frames, the maximum of two, four stacked, each action four times,
-            up to 30 no-ops at the start, no sticky actions, all lives.
+            up to 30 no-ops at the start, no sticky actions. Unlike there, the loss of a life does
+            not end an episode.
         num_envs: B.
         seed: of the first reset.
         autoreset_mode: "next_step", "same_step" or "disabled"; environments with a native vector

@@ -1,6 +1,6 @@
 """The sum tree: drawing one of a million items by priority in the time of twenty additions (numpy).
 
-Source: Schaul et al., arXiv:1511.05952, appendix B.2.
+Source: Schaul et al., arXiv:1511.05952, appendix B.2.1.
 """
 
 import numpy as np
@@ -93,7 +93,7 @@ class SumTree:
     def sample(self, batch_size: int, rng: np.random.Generator) -> Ints:
         """Leaves, int64 `[batch_size]`, in proportion to priority: one an equal share of the total.
 
-        Such strata (arXiv:1511.05952, appendix B.2) lower the variance of a batch; they also come
+        Such strata (arXiv:1511.05952, appendix B.2.1) lower the variance of a batch; they also come
         in the order of the tree, which the caches like. ValueError if every priority is 0.
         """
         size = positive_int("batch_size", batch_size)
