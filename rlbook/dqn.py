@@ -70,15 +70,15 @@ class Config(RunConfig):
     target_period: int = 50
     """Updates between copies to the target network (10 000 in the paper)."""
     learning_rate: float = 1e-3
-    """Adam's step size."""
+    """Adam's step size (2.5e-4 in the paper, for RMSProp)."""
     discount: float = 0.99
     """γ (0.99 in the paper)."""
     epsilon_end: float = 0.01
     """Final probability of a random action (0.1 in the paper)."""
     epsilon_steps: int = 10_000
-    """Environment steps over which ε falls from 1 (1 M frames in the paper)."""
+    """Environment steps over which ε falls from 1 (1 M in the paper, which says frames)."""
     max_gradient_norm: float = 10.0
-    """The gradient is scaled down to this Euclidean norm."""
+    """The gradient is scaled down to this Euclidean norm (without limit in the paper)."""
     hidden_sizes: tuple[int, ...] = (128, 128)
     """Fully connected layers of the torso."""
 

@@ -16,8 +16,9 @@ unroll, and the clipped surrogate objective (Schulman et al., 2017, "Proximal po
 algorithms", equation 7) in place of TRPO's constraint.
 
 Differs from the paper: discrete actions; episodes that end at a time limit are bootstrapped from
-their final value; the value loss is not clipped unless `value_clip` is set; the step size is
-constant unless `anneal` is set.
+their final value; advantages are normalised in each minibatch; the value loss is not clipped unless
+`value_clip` is set; the step size is constant unless `anneal` is set, and the clip always is (for
+Atari the paper lowers both to 0).
 
 Book: chapter 04
 """
@@ -62,7 +63,7 @@ class Config(RunConfig):
     gae_lambda: float = 0.8
     """λ of GAE (0.95 in the paper)."""
     clip: float = 0.2
-    """ε: the ratio counts only within [1 − ε, 1 + ε] (0.2 for MuJoCo, 0.1 for Atari)."""
+    """ε: the ratio counts only within [1 − ε, 1 + ε] (0.2 for MuJoCo; 0.1 for Atari)."""
     value_clip: float | None = None
     """Keeps new values within ± this of the old ones; None does not clip."""
     learning_rate: float = 2.5e-3
@@ -70,7 +71,7 @@ class Config(RunConfig):
     anneal: bool = False
     """Lowers the step size linearly to 0 over `total_env_steps`, as for Atari in the paper."""
     value_cost: float = 0.25
-    """Weight of the value loss, c1 (1 in the paper)."""
+    """Weight of the value loss, c1 (1 in the paper, whose squared error has no ½)."""
     entropy_cost: float = 0.0
     """Weight of the entropy bonus, c2 (0.01 for Atari in the paper)."""
     max_gradient_norm: float = 0.5
