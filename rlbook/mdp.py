@@ -105,6 +105,8 @@ class Backend(Protocol):
     ``policy`` int64 ``[S]``.
     """
 
+    gamma: float
+
     def improve(self, values: Floats) -> Floats:
         """v(s) ← max_a q(s, a): the optimality backup."""
 
@@ -169,6 +171,7 @@ class Block:
     def __init__(self, model: TabularMDPBlock, gamma: float) -> None:
         actions, places = model.probabilities.shape[:2]
         states = model.successors.shape[1]
+        self.gamma = gamma
         self.model = model
         self.weights = gamma * model.probabilities
         self.landing = np.empty((places, states))
@@ -226,6 +229,7 @@ class Parallel:
         self.blocks = [slice(*pair) for pair in zip(edges[:-1], edges[1:], strict=True)]
         remote = runtime.remote(worker)
         self.workers = [remote.remote(mdp.block(b.start, b.stop), gamma) for b in self.blocks]
+        self.gamma = gamma
         self.runtime = runtime
         self.sweeps = sweeps
 
@@ -255,7 +259,6 @@ def value_iteration(
     backend: Backend,
     values: Floats,
     *,
-    gamma: float,
     tolerance: float,
     max_sweeps: int = 1_000_000,
     report: Report | None = None,
@@ -274,7 +277,7 @@ def value_iteration(
         values = new
         if report is not None:
             report(len(residuals), residuals[-1], values)
-        if settled(residuals[-1], values, tolerance, gamma):
+        if settled(residuals[-1], values, tolerance, backend.gamma):
             break
     return Solution(values, greedy(backend.action_values(values)), np.array(residuals))
 
@@ -283,7 +286,6 @@ def policy_iteration(
     backend: Backend,
     values: Floats,
     *,
-    gamma: float,
     tolerance: float,
     max_sweeps: int = 1_000_000,
     report: Report | None = None,
@@ -297,7 +299,7 @@ def policy_iteration(
     residuals: list[float] = []
     # Values known to `known` give differences known to twice that; what a gain below it may be
     # worth in the long run, and the evaluation itself, then stay within the tolerance.
-    known = tolerance * (1 - gamma) / 3
+    known = tolerance * (1 - backend.gamma) / 3
     policy = greedy(backend.action_values(values))
     while True:
         while len(residuals) < max_sweeps:
@@ -306,7 +308,7 @@ def policy_iteration(
             values = new
             if report is not None:
                 report(len(residuals), residuals[-1], values)
-            if settled(residuals[-1], values, known, gamma):
+            if settled(residuals[-1], values, known, backend.gamma):
                 break
         q = backend.action_values(values)
         gain = q.max(axis=0) - np.take_along_axis(q, policy[None], axis=0)[0]
@@ -320,7 +322,6 @@ def asynchronous_value_iteration(
     backend: Parallel,
     values: Floats,
     *,
-    gamma: float,
     tolerance: float,
     max_sweeps: int = 1_000_000,
     report: Report | None = None,
@@ -348,7 +349,7 @@ def asynchronous_value_iteration(
             index = in_flight.pop(ready)
             new, block = runtime.get(ready), backend.blocks[index]
             change = largest_change(new, values[block])
-            quiet = settled(change, values, tolerance, gamma)
+            quiet = settled(change, values, tolerance, backend.gamma)
             unsettled = unsettled - {index} if quiet else unsettled | {index}
             residuals.append(change)
             values[block] = new
@@ -359,7 +360,7 @@ def asynchronous_value_iteration(
         new = backend.improve(values)
         residuals.append(largest_change(new, values))
         values = new
-        if settled(residuals[-1], values, tolerance, gamma):
+        if settled(residuals[-1], values, tolerance, backend.gamma):
             break
     return Solution(values, greedy(backend.action_values(values)), np.array(residuals))
 
@@ -367,7 +368,6 @@ def asynchronous_value_iteration(
 def solve(mdp: TabularMDP, config: Config, report: Report | None = None) -> Solution:
     """Solve ``mdp`` as ``config`` says (its ``env_id`` is not looked at), from values of 0."""
     rules: dict[str, Any] = {
-        "gamma": config.gamma,
         "tolerance": config.tolerance,
         "max_sweeps": config.max_sweeps,
         "report": report,

@@ -117,7 +117,7 @@ def test_policy_iteration_improves_strictly_and_seldom():
             return super().evaluate(values, policy)
 
     start = np.zeros(model.num_states)
-    mdp.policy_iteration(Watched(model.whole, GAMMA), start, gamma=GAMMA, tolerance=1e-8)
+    mdp.policy_iteration(Watched(model.whole, GAMMA), start, tolerance=1e-8)
     assert 2 <= len(policies) <= 25
     worth = [policy_values(model, policy, GAMMA) for policy in policies]
     for before, after in zip(worth[:-1], worth[1:], strict=True):
@@ -143,7 +143,7 @@ def test_parallel_equals_vectorised():
     """Blocks in processes of their own: the same numbers, for both algorithms, kinds and waits."""
     model, tolerance = WORLDS["rooms"], 1e-10
     start = np.zeros(model.num_states)
-    rules = {"gamma": GAMMA, "tolerance": tolerance}
+    rules = {"tolerance": tolerance}
     alone = mdp.Block(model.whole, GAMMA)
     with RayRuntime(num_cpus=3) as runtime:
         pair = mdp.Parallel(model, GAMMA, runtime, 2)

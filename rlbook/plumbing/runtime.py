@@ -18,6 +18,7 @@ import logging
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -78,20 +79,24 @@ class RayRuntime:
             raise RuntimeError(
                 "Ray already runs in this process: leave its `with` (or call ray.shutdown()) first"
             )
-        quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+        quiet: dict[str, Any] = {
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+            "configure_logging": True,
+        }
+        if self.address is None:
+            quiet |= {
+                "num_cpus": self.num_cpus,
+                "object_store_memory": self.object_store_mb * 1024 * 1024,
+                "include_dashboard": False,
+            }
         atexit.register(self.shutdown)
         self._running = True
         try:
-            if self.address is not None:
-                ray.init(address=self.address, **quiet)
-            else:
-                ray.init(
-                    address="local",
-                    num_cpus=self.num_cpus,
-                    object_store_memory=self.object_store_mb * 1024 * 1024,
-                    include_dashboard=False,
-                    **quiet,
-                )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                ray.init(address=self.address or "local", **quiet)
+            if self.address is None:
                 self._watchdog = _start_watchdog()
         except BaseException:
             self.shutdown()
@@ -163,8 +168,11 @@ def _quiet_ray() -> Any:
     """Import Ray with its notices off; they would otherwise land in notebook cells."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
-
+    # In a notebook Ray asks, while it is imported, for widgets that nobody needs here.
+    logging.getLogger("ray.widgets").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import ray
     return ray
 
 
