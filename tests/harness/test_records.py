@@ -1,0 +1,81 @@
+"""A record holds what is needed to believe and to repeat a run."""
+
+import json
+
+import numpy as np
+import pytest
+
+from rlbook import ppo
+from rlbook.harness.checkpoint import load_checkpoint
+from rlbook.harness.records import POINTS, RecordedRun, _thin, make_record, record
+
+SEEDS = 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("records")
+    config = ppo.Config(
+        env_id="rlbook/Catch-v0", num_envs=8, total_env_steps=2_000, log_every_env_steps=500
+    )
+    make_record(root / "results" / "short", "ppo", config, SEEDS, "rlbook record short ppo")
+    return root
+
+
+def test_a_record_is_read_as_it_was_made(folder, monkeypatch):
+    (folder / "below").mkdir()
+    monkeypatch.chdir(folder / "below")  # chapters run in a folder of their own
+    found = record("short")
+    assert (found.name, found.system) == ("short", "ppo")
+    assert found.command == "rlbook record short ppo"
+    assert found.config["env_id"] == "rlbook/Catch-v0" and found.config["run_dir"] is None
+    assert [run.metrics["seed"] for run in found.runs] == [1, 2]
+    assert found.versions["rlbook"] and found.machine["cores"] >= 1 and "cores" in found.where
+    assert found.solved == 0
+    steps = [run.metrics["env_steps"] for run in found.runs]
+    assert found.median("env_steps") == np.median(steps)
+    for run in found.runs:
+        assert run.curves["env_steps"][-1] == run.metrics["env_steps"]
+        assert run.curves["loss"].dtype == float
+    with pytest.raises(ValueError, match="evaluation_return_mean"):
+        found.median("evaluation_return_mean")
+
+
+def test_its_policy_can_play_and_holds_the_network_alone(folder):
+    state = load_checkpoint(folder / "results" / "short" / "policy.npz")
+    assert set(state["parts"]) == {"learner"} and "optimizer" not in state["parts"]["learner"]
+    policy = ppo.load_policy(ppo.Config(env_id="rlbook/Catch-v0"), state["parts"])
+    observation = np.zeros((3, 1, 10, 5), np.float32)
+    assert policy.act(observation, None, None, np.random.default_rng(0))[0].shape == (3,)
+    assert (folder / "results" / "short" / "episode.mp4").stat().st_size > 1000
+
+
+def test_a_record_is_strict_json_and_names_no_folder(folder):
+    text = (folder / "results" / "short" / "record.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert str(folder) not in text and "tmp" not in text
+
+
+def test_existing_records_and_bad_counts_are_refused(folder):
+    with pytest.raises(ValueError, match="^record: .* exists"):
+        make_record(folder / "results" / "short", "ppo", ppo.Config(), 1, "")
+    with pytest.raises(ValueError, match="^seeds: "):
+        make_record(folder / "results" / "new", "ppo", ppo.Config(), 0, "")
+    assert not (folder / "results" / "new").exists()
+    with pytest.raises(ValueError, match="^record: there is no results/missing"):
+        record("missing")
+
+
+def test_long_curves_are_thinned_to_their_ends():
+    curves = {"x": np.arange(1001.0), "y": np.full(1001, np.nan)}
+    thin = _thin(curves)
+    assert len(thin["x"]) == POINTS and thin["x"][0] == 0 and thin["x"][-1] == 1000
+    assert thin["y"] == [None] * POINTS
+    assert _thin({}) == {} and _thin({"x": np.array([1 / 3])}) == {"x": [0.333333]}
+
+
+def test_solved_seeds_are_counted(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    found = record("short")
+    found.runs.append(RecordedRun({"stopped_because": "solved"}, {}))
+    assert found.solved == 1
