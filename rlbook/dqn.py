@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from rlbook.data import Transition
 from rlbook.harness.config import RunConfig, at_least, within
+from rlbook.harness.doctor import memory_bytes
 from rlbook.harness.run import Result, Run
 from rlbook.maths.exploration import linear_schedule
 from rlbook.maths.losses import double_q_td_errors, huber, q_td_errors
@@ -265,8 +266,15 @@ def make_network(config: Config, envs: Envs) -> QNetwork:
     return QNetwork(shape, num_actions, config.hidden_sizes, config.dueling)
 
 
-def make_replay(config: Config) -> UniformReplay | PrioritizedReplay:
-    """The replay memory that the config asks for."""
+def make_replay(config: Config, envs: Envs) -> UniformReplay | PrioritizedReplay:
+    """The replay memory that the config asks for; ValueError if it can never fit into memory."""
+    row = envs.env_output.observation[0].nbytes
+    needed = config.replay_capacity * (2 * row + 16)
+    if needed > memory_bytes():
+        raise ValueError(
+            f"replay_capacity: {config.replay_capacity:,} transitions of {config.env_id} need"
+            f" {needed / 2**30:.0f} GiB, this machine has {memory_bytes() / 2**30:.0f}"
+        )
     if not config.prioritized:
         return UniformReplay(config.replay_capacity, seed=config.seed)
     return PrioritizedReplay(
@@ -308,7 +316,7 @@ def train(config: Config) -> Result:
     actor, learner, replay = (
         Actor(envs, online, config),
         Learner(online, target, config),
-        make_replay(config),
+        make_replay(config, envs),
     )
     parts = {"envs": envs, "actor": actor, "learner": learner, "replay": replay}
     with Run("dqn", config, GreedyPolicy(online), parts) as run:

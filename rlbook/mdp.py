@@ -18,7 +18,7 @@ order of the states does not matter and the backends agree; policy iteration eva
 instead of a linear system, so that it scales to large maps, and changes an action only for a clear
 gain, so that rounding cannot make it cycle.
 
-Book: chapter 1
+Book: chapter 01
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ Book: chapter 04
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -76,17 +76,27 @@ class Config(RunConfig):
         at_least(self, 0.0, "learning_rate", "value_cost", "entropy_cost", "max_gradient_norm")
 
 
+PAPER = Config(
+    num_envs=16,
+    unroll_length=5,
+    discount=0.99,
+    lambda_=1.0,
+    learning_rate=7e-4,
+    entropy_cost=0.01,
+    max_gradient_norm=40.0,
+)
+
 PRESETS = {
     "default": Config(),
-    "paper": Config(num_envs=16, unroll_length=5, learning_rate=7e-4, max_gradient_norm=40.0),
-    "reinforce": Config(algorithm="reinforce", num_envs=8, learning_rate=5e-3, entropy_cost=0.0),
-    "baseline": Config(algorithm="baseline", num_envs=8, learning_rate=5e-3, entropy_cost=0.0),
-    "atari": Config(
+    "paper": PAPER,
+    "reinforce": Config(algorithm="reinforce", num_envs=8, learning_rate=5e-3),
+    "baseline": Config(algorithm="baseline", num_envs=8, learning_rate=5e-3),
+    "atari": replace(
+        PAPER,
         env_id="ALE/Pong-v5",
-        num_envs=16,
         total_env_steps=10_000_000,
         unroll_length=20,
-        learning_rate=7e-4,
+        max_gradient_norm=0.5,
         torch_threads=2,
     ),
 }

@@ -102,10 +102,13 @@ PRESETS = {
         unroll_length=128,
         epochs=3,
         minibatch_size=256,
+        discount=0.99,
+        gae_lambda=0.95,
         clip=0.1,
         learning_rate=2.5e-4,
         anneal=True,
-        value_cost=1.0,
+        value_cost=2.0,  # c1 = 1 on the squared error; the loss here has a half in it
+        entropy_cost=0.01,
         torch_threads=2,
     ),
 }

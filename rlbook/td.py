@@ -14,7 +14,7 @@ Differs from the textbook (Sutton and Barto 2018, chapters 5–7 and 12): the st
 with the visits, so that the estimates converge instead of hovering; an episode cut at a time limit
 is bootstrapped, not taken for an end.
 
-Book: chapter 2
+Book: chapter 02
 """
 
 from __future__ import annotations

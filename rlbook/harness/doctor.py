@@ -118,7 +118,7 @@ def _gpu() -> Finding:
             "there is one, but this PyTorch cannot use it",
             "set TORCH_INDEX to PyTorch's CUDA index (README), then: make setup",
         )
-    return Finding("GPU", "none (chapters 01–13 need none)")
+    return Finding("GPU", "none (no chapter needs one)")
 
 
 def _atari() -> Finding:
