@@ -195,8 +195,7 @@ class Actor:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state_dict`; the window is empty if the episodes were begun anew."""
-        if not self.envs.restarted:
-            self.window.load_state_dict(state["window"])
+        self.window.load_state_dict({"steps": []} if self.envs.restarted else state["window"])
         self.rng.bit_generator.state = state["rng"]
         self.turns = state["turns"]
 
