@@ -8,6 +8,7 @@ All backends do the same Jacobi sweeps from the same values; the results are com
 import statistics
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         target("largest difference between backends", agree, most=1e-12),
     ]
     print_targets([] if options.quick else targets)
-    more = {"side": side, "slip": SLIP, "gamma": GAMMA, "solved_by_arrays": solved}
+    more: dict[str, Any] = {"side": side, "slip": SLIP, "gamma": GAMMA, "solved_by_arrays": solved}
     keep("value_iteration", rows, [] if options.quick else targets, options, **more)
 
 
