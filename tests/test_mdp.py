@@ -139,6 +139,7 @@ def test_max_sweeps_stops():
         assert len(mdp.solve(WORLDS["rooms"], config).residuals) == 3
 
 
+@pytest.mark.slow
 def test_parallel_equals_vectorised():
     """Blocks in processes of their own: the same numbers, for both algorithms, kinds and waits."""
     model, tolerance = WORLDS["rooms"], 1e-10
@@ -166,6 +167,7 @@ def test_parallel_equals_vectorised():
         assert not start.any()  # the caller's array is left alone
 
 
+@pytest.mark.slow
 def test_train_in_parallel(tmp_path):
     folder = str(tmp_path / "run")
     config = mdp.Config(backend="parallel", exchange="async", num_workers=99, run_dir=folder)
