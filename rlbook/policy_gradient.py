@@ -254,8 +254,9 @@ def train(config: Config) -> Result:
         while run.running():
             unroll, valid, env_steps = actor.unroll()
             metrics = learner.update(unroll, valid)
-            run.record(
-                env_steps=env_steps, learner_steps=1, episodes=envs.episodes(), metrics=metrics
-            )
+            episodes = envs.episodes()
+            if config.algorithm != "a2c":  # what was played while waiting is mostly short
+                episodes = list({e.env: e for e in reversed(episodes)}.values())
+            run.record(env_steps=env_steps, learner_steps=1, episodes=episodes, metrics=metrics)
     envs.close()
     return run.result()
