@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = measure(mdp, rounds=2 if options.quick else 5, batch=8)
     table(f"A sweep of value iteration on a {side} × {side} grid", rows, COLUMNS)
     begun = time.perf_counter()
-    solution = solve(mdp, Config(gamma=GAMMA, backend="vectorised"))
+    solution = solve(mdp, Config(discount=GAMMA, backend="vectorised"))
     solved = {"sweeps": len(solution.residuals), "seconds": time.perf_counter() - begun}
     print(f"  solved to 1e-8 by arrays: {solved['sweeps']} sweeps, {solved['seconds']:.2f} s")
     agree = max(row["largest difference"] or 0.0 for row in rows)
