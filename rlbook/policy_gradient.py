@@ -89,8 +89,9 @@ PAPER = Config(
 PRESETS = {
     "default": Config(),
     "paper": PAPER,
-    "reinforce": Config(algorithm="reinforce", num_envs=8, learning_rate=5e-3),
-    "baseline": Config(algorithm="baseline", num_envs=8, learning_rate=5e-3),
+    "reinforce": Config(algorithm="reinforce", num_envs=8),
+    # Whole returns are large: at the usual cost the value's gradient would drown the policy's.
+    "baseline": Config(algorithm="baseline", num_envs=8, value_cost=0.002),
     "atari": replace(
         PAPER,
         env_id="ALE/Pong-v5",
