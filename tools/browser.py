@@ -28,7 +28,7 @@ FACTS = """() => {
   const seen = {};
   seen.title = document.title;
   seen.math = document.querySelectorAll('.math').length;
-  seen.typeset = document.querySelectorAll('.math mjx-container svg').length;
+  seen.typeset = document.querySelectorAll('.math mjx-container > svg').length;
   seen.math_errors = [...document.querySelectorAll('[data-mml-node="merror"], mjx-merror')]
     .map(e => e.getAttribute('data-mjx-error') || e.textContent);
   seen.images = [...document.querySelectorAll('img')].map(
