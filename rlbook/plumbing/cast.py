@@ -40,6 +40,9 @@ class Room:
         self.shared = False
         """There are fewer cores than actors: cores are counted."""
         self.line: deque[Call] = deque()
+        """Calls that wait for a core."""
+        self.guests = 0
+        """Calls of functions that were sent here and have not ended."""
         self.wire_free = 0.0
         self.nbytes = 0
         """Bytes that came here."""
@@ -76,7 +79,7 @@ class Actor:
         self.up_at = 0.0
         """Calls that arrive earlier find nobody."""
         self.birth: Callable[[], Call] | None = None
-        """Makes the call of its constructor."""
+        """Makes the call of its constructor; None for a function's one call."""
 
 
 class Method:

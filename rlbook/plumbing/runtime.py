@@ -148,9 +148,11 @@ class RayRuntime:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if kind is None:
-            self.timeline()
-        self.shutdown()
+        try:
+            if kind is None:
+                self.timeline()  # the actors' notes go with them
+        finally:
+            self.shutdown()
 
     def __reduce__(self) -> NoReturn:
         raise RuntimeError("the runtime stays with the driver: actor methods never get or wait")

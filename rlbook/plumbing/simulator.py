@@ -136,6 +136,8 @@ class Simulator:
         """The call is done: its core and its actor are free for the next."""
         actor = call.actor
         actor.free_at = at
+        if actor.birth is None:
+            actor.room.guests -= 1
         actor.backlog.popleft()
         self._release(at, actor.room)
         if actor.backlog:
@@ -169,6 +171,8 @@ class Simulator:
 
     def _refuse(self, at: float, call: Call, error: Message) -> None:
         """The driver will learn at ``at`` that the call failed."""
+        if call.actor.birth is None:
+            call.actor.room.guests -= 1
         call.reference.error = error
         self.schedule(at, self.settle, call.reference)
 

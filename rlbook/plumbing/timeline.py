@@ -154,15 +154,16 @@ def timed(cls: type) -> type:
     def noting(name: str, method: Any) -> Any:
         @functools.wraps(method)
         def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
-            spans = self.__dict__.setdefault("_rlbook_spans", [])
-            if self.__dict__.get("_rlbook_busy"):
+            own = self.__dict__
+            if own.get("_rlbook_busy"):
                 return method(self, *args, **kwargs)
-            self._rlbook_busy, start = True, time.time()
+            spans = own.setdefault("_rlbook_spans", [])
+            own["_rlbook_busy"], start = True, time.time()
             try:
                 return method(self, *args, **kwargs)
             finally:
                 spans.append((name, start, time.time()))
-                self._rlbook_busy = False
+                own["_rlbook_busy"] = False
                 if len(spans) > 2 * KEPT:
                     del spans[:-KEPT]
 

@@ -137,8 +137,10 @@ class VirtualRuntime:
         while simulator.ready:
             self._set_aside(simulator.ready.popleft())
         self.now = max([self.now, *(reference.at for reference in wanted)])
-        values = [self._fetch(reference) for reference in wanted]
-        self._waited("get", begun)
+        try:
+            values = [self._fetch(reference) for reference in wanted]
+        finally:
+            self._waited("get", begun)
         return values[0] if isinstance(references, VirtualReference) else values
 
     def wait(
@@ -224,7 +226,7 @@ class VirtualRuntime:
         if len(references) < len(self._aside):
             known = [r for r in references if weakref.ref(r) in self._aside]
         else:
-            known = [r for weak in self._aside if (r := weak()) in references]
+            known = [r for weak in list(self._aside) if (r := weak()) in references]
         if len(known) > 1:
             known.sort(key=lambda reference: (reference.at, reference.number))
             # The others are next: what was searched for once is not searched for again.
@@ -265,6 +267,7 @@ class VirtualRuntime:
         actor = Actor(name, room, pace, self._timeline.number(name), target.target)
         method = self._method(actor, target, "__init__" if target.is_class else "__call__")
         if not target.is_class:  # as if by an actor that does one call
+            room.guests += 1
             simulator.share(self.now, room)
             call = Call(method, self._reference(), *arguments)
             simulator.submit(self.now, call)
@@ -275,13 +278,13 @@ class VirtualRuntime:
         return VirtualActor(self, actor, target)
 
     def _room(self, target: VirtualTarget) -> Room:
-        """The node that was asked for, or the one with the fewest actors (or calls) per core."""
+        """The node that was asked for, or the one with fewest actors (or calls) for each core."""
         rooms = self._simulator.rooms
         if target.node is not None:
             return rooms[target.node]
         if target.is_class:
             return min(rooms, key=lambda room: len(room.actors) / room.cores)
-        return min(rooms, key=lambda room: (len(room.line) - room.idle) / room.cores)
+        return min(rooms, key=lambda room: room.guests / room.cores)
 
     def _method(self, actor: Actor, target: VirtualTarget, name: str) -> Method:
         return target.method(actor, name, self._timeline.number(name), self.cluster)

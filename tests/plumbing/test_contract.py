@@ -1,5 +1,6 @@
 """One contract, two runtimes: what a system may rely on holds on Ray and on the virtual clock."""
 
+import math
 import os
 import signal
 import time
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlbook.plumbing.cluster import Cluster, Crash, Node
+from rlbook.plumbing.cluster import Cluster, Crash, Node, usable_cores
 from rlbook.plumbing.runtime import ActorDiedError, RayRuntime, Runtime
 from rlbook.plumbing.virtual import VirtualRuntime
 
@@ -228,3 +229,12 @@ def test_the_timeline_knows_who_worked_and_who_waited(
     assert 0.4 < spent.busy_s < waited
     (get,) = [span for span in spans if span.who == "driver"]
     assert get.what == "get" and get.waiting and 0.4 < get.end - get.start <= waited
+
+
+def test_messages_are_measured_on_ray(ray_runtime: RayRuntime) -> None:
+    """Figures of this machine, except the one that is given."""
+    cluster = Cluster.measure({}, runtime=ray_runtime, bandwidth=1.0)
+    assert cluster.bandwidth == 1.0 and cluster.nodes == (Node(cores=usable_cores()),)
+    assert 0 < cluster.driver_call_s < 1 and 0 <= cluster.latency_s < 1
+    measured = Cluster.measure({}, runtime=ray_runtime, latency_s=0.0, driver_call_s=0.0)
+    assert 1e7 < measured.bandwidth < math.inf and measured.latency_s == 0.0
