@@ -142,9 +142,22 @@ def print_targets(targets: Sequence[Row]) -> None:
 
 
 def keep(
-    name: str, rows: Sequence[Row], targets: Sequence[Row], options: argparse.Namespace, **more: Any
+    name: str,
+    rows: Sequence[Row],
+    targets: Sequence[Row],
+    options: argparse.Namespace,
+    flags: Sequence[str] = (),
+    **more: Any,
 ) -> Path | None:
     """Writes `<out>/<name>.json`; a quick run without `--out` keeps nothing.
+
+    Args:
+        name: of the measurement.
+        rows: what was measured.
+        targets: from `target`.
+        options: the flags, parsed.
+        flags: those that differ from the defaults, as the command to repeat it has them.
+        more: further entries of the file.
 
     Returns:
         The path of the file, or None.
@@ -155,10 +168,11 @@ def keep(
     if options.quick and options.out is None:
         return None
     folder = RESULTS if options.out is None else options.out
+    changed = ["--quick"] if options.quick else list(flags)
     folder.mkdir(parents=True, exist_ok=True)
     document = {
         "benchmark": name,
-        "command": f"python -m benchmarks.{name}" + (" --quick" if options.quick else ""),
+        "command": " ".join(["python -m", f"benchmarks.{name}", *changed]),
         "machine": machine(),
         "load_before": round(LOAD_BEFORE, 2),
         "versions": versions(),

@@ -59,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ]
     )
     print_targets(targets)
-    keep("rate", rows, targets, options)
+    unusual = [] if options.seconds == 10.0 else [f"--seconds {seconds}"]
+    keep("rate", rows, targets, options, unusual)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ All backends do the same Jacobi sweeps from the same values; the results are com
 import statistics
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -93,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = measure(mdp, rounds=2 if options.quick else 5, batch=8)
     table(f"A sweep of value iteration on a {side} × {side} grid", rows, COLUMNS)
     begun = time.perf_counter()
-    solution = solve(mdp, Config(gamma=GAMMA, backend="vectorised"))
+    solution = solve(mdp, Config(discount=GAMMA, backend="vectorised"))
     solved = {"sweeps": len(solution.residuals), "seconds": time.perf_counter() - begun}
     print(f"  solved to 1e-8 by arrays: {solved['sweeps']} sweeps, {solved['seconds']:.2f} s")
     agree = max(row["largest difference"] or 0.0 for row in rows)
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         target("largest difference between backends", agree, most=1e-12),
     ]
     print_targets([] if options.quick else targets)
-    more = {"side": side, "slip": SLIP, "gamma": GAMMA, "solved_by_arrays": solved}
+    more: dict[str, Any] = {"side": side, "slip": SLIP, "gamma": GAMMA, "solved_by_arrays": solved}
     keep("value_iteration", rows, [] if options.quick else targets, options, **more)
 
 

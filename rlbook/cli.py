@@ -6,11 +6,13 @@ Heavy modules are imported only when they are needed.
 import argparse
 import contextlib
 import io
+import operator
 import re
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -135,18 +137,24 @@ def _parse_config(config_type: type, base: Any, words: list[str], program: str) 
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        text = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯│─]+", " ", complaint.getvalue())
-        text = re.sub(r"\s+", " ", text).strip()
-        text = re.split(r" Argument helptext:| For full helptext| -{4,}", text)[0]
-        text = re.sub(r"^[A-Z][a-z]+ (error|errors|options) ", "", text)
-        raise ValueError(re.sub(r"^Error parsing (Config: )?", "", text)) from None
+        raise ValueError(_first_paragraph(complaint.getvalue())) from None
+
+
+def _first_paragraph(box: str) -> str:
+    """What tyro's box, of lines or of ASCII, says between its title and the next rule."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [line.strip("╭╮╰╯│─+-| ") for line in plain.splitlines()]
+    said = dropwhile(operator.not_, lines[1:])
+    text = " ".join(takewhile(bool, said))
+    return re.sub(r"^Error parsing (Config: )?", "", text)
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> int:
     from rlbook.harness.run import system_module
 
-    if options.system in ("-h", "--help"):
-        options.system = None
+    if options.system is None and {"-h", "--help"} & set(rest):
+        print("usage: rlbook train SYSTEM [--preset P] [--resume RUN_DIR] [settings]\n")
+        return _list(options, [])
     config = _config(options.system, rest, "train")
     if config.run_dir is None and config.resume is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -180,6 +188,9 @@ def summary_lines(result: Any) -> list[str]:
 def _record(options: argparse.Namespace, rest: list[str]) -> int:
     from rlbook.harness.records import make_record
 
+    if {"-h", "--help"} & set(rest) and options.system is None:
+        print("usage: rlbook record NAME SYSTEM [--seeds N] [--results-dir DIR] [settings]\n")
+        return _list(options, [])
     if options.name is None or options.system is None:
         raise ValueError("record: give a name and a system: rlbook record NAME SYSTEM [settings]")
     config = _config(options.system, rest, "record")

@@ -62,8 +62,8 @@ class Config(BaseConfig):
     """"plain", "vectorised" or "parallel" (worker processes on Ray)."""
     exchange: str = "sync"
     """Parallel value iteration waits for all workers ("sync") or for the first ("async")."""
-    gamma: float = 0.99
-    """Discount γ, below 1."""
+    discount: float = 0.99
+    """γ, below 1."""
     tolerance: float = 1e-8
     """Values end within this of the exact ones, in every state."""
     max_sweeps: int = 1_000_000
@@ -80,8 +80,8 @@ class Config(BaseConfig):
         one_of(self, "backend", BACKENDS)
         one_of(self, "exchange", ("sync", "async"))
         at_least(self, 1, "max_sweeps", "num_workers", "sweeps_per_message")
-        if not 0 <= self.gamma < 1:
-            raise ValueError(f"gamma: must be at least 0 and below 1, got {self.gamma}")
+        if not 0 <= self.discount < 1:
+            raise ValueError(f"discount: must be at least 0 and below 1, got {self.discount}")
         if not self.tolerance > 0:
             raise ValueError(f"tolerance: must be above 0, got {self.tolerance}")
         if self.exchange == "async":
@@ -375,12 +375,12 @@ def solve(mdp: TabularMDP, config: Config, report: Report | None = None) -> Solu
     start = np.zeros(mdp.num_states)
     algorithm = value_iteration if config.algorithm == "value_iteration" else policy_iteration
     if config.backend == "plain":
-        return algorithm(Plain(mdp.whole, config.gamma), start, **rules)
+        return algorithm(Plain(mdp.whole, config.discount), start, **rules)
     if config.backend == "vectorised":
-        return algorithm(Block(mdp.whole, config.gamma), start, **rules)
+        return algorithm(Block(mdp.whole, config.discount), start, **rules)
     workers = min(config.num_workers, mdp.num_states)
     with RayRuntime(num_cpus=workers) as runtime:
-        backend = Parallel(mdp, config.gamma, runtime, workers, config.sweeps_per_message)
+        backend = Parallel(mdp, config.discount, runtime, workers, config.sweeps_per_message)
         if config.exchange == "async":
             return asynchronous_value_iteration(backend, start, **rules)
         return algorithm(backend, start, **rules)
@@ -416,7 +416,7 @@ def train(config: Config) -> Result:
             if run.extra:  # resumed: a plan that is made stays as it is
                 break
             solution = solve(mdp, config)
-            learnt.q = action_values(mdp, solution.values, config.gamma).T.copy()
+            learnt.q = action_values(mdp, solution.values, config.discount).T.copy()
             run.extra = {
                 "values": solution.values,
                 "policy": solution.policy,

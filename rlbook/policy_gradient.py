@@ -89,8 +89,9 @@ PAPER = Config(
 PRESETS = {
     "default": Config(),
     "paper": PAPER,
-    "reinforce": Config(algorithm="reinforce", num_envs=8, learning_rate=5e-3),
-    "baseline": Config(algorithm="baseline", num_envs=8, learning_rate=5e-3),
+    "reinforce": Config(algorithm="reinforce", num_envs=8),
+    # Whole returns are large: at the usual cost the value's gradient would drown the policy's.
+    "baseline": Config(algorithm="baseline", num_envs=8, value_cost=0.002),
     "atari": replace(
         PAPER,
         env_id="ALE/Pong-v5",
@@ -254,8 +255,9 @@ def train(config: Config) -> Result:
         while run.running():
             unroll, valid, env_steps = actor.unroll()
             metrics = learner.update(unroll, valid)
-            run.record(
-                env_steps=env_steps, learner_steps=1, episodes=envs.episodes(), metrics=metrics
-            )
+            episodes = envs.episodes()
+            if config.algorithm != "a2c":  # what was played while waiting is mostly short
+                episodes = list({e.env: e for e in reversed(episodes)}.values())
+            run.record(env_steps=env_steps, learner_steps=1, episodes=episodes, metrics=metrics)
     envs.close()
     return run.result()

@@ -65,8 +65,8 @@ class Config(BaseConfig):
     """A grid of the book, or any Gymnasium environment that shows its transition table."""
     algorithm: str = "q_learning"
     """One of PREDICTION (values of a fixed policy) or CONTROL (a policy of its own)."""
-    gamma: float = 0.99
-    """Discount γ, below 1."""
+    discount: float = 0.99
+    """γ, below 1."""
     step_size: float = 0.5
     """α at the first visit."""
     step_size_power: float = 0.7
@@ -96,8 +96,8 @@ class Config(BaseConfig):
         one_of(self, "algorithm", PREDICTION + CONTROL)
         at_least(self, 1, "n_step", "total_env_steps", "log_every_env_steps")
         within(self, 0, 1, "step_size", "step_size_power", "lambda_", "epsilon")
-        if not 0 <= self.gamma < 1:
-            raise ValueError(f"gamma: must be at least 0 and below 1, got {self.gamma}")
+        if not 0 <= self.discount < 1:
+            raise ValueError(f"discount: must be at least 0 and below 1, got {self.discount}")
         if self.step_size == 0:
             raise ValueError("step_size: must be above 0, or nothing is learnt")
 
@@ -270,7 +270,7 @@ class Learner:
         self.table: Any = table.tolist()
         self.visits: Any = np.zeros(shape, dtype=int).tolist()
         self.mdp = mdp
-        optimum = greedy(action_values(mdp, optimal_values(mdp, config.gamma), config.gamma))
+        optimum = greedy(action_values(mdp, optimal_values(mdp, config.discount), config.discount))
         self.evaluated = epsilon_greedy(optimum, mdp.num_actions, config.epsilon)
         self._fixed = self.evaluated.cumsum(axis=1).tolist()
         self.exact = exact_answer(mdp, config)
@@ -308,7 +308,7 @@ class Learner:
     def learn(self, steps: Iterable[Step]) -> None:
         """Update the table from one episode."""
         config, table = self.config, self.table
-        common = (steps, table, self.alpha, config.gamma)
+        common = (steps, table, self.alpha, config.discount)
         match config.algorithm:
             case "first_visit_monte_carlo":
                 monte_carlo(*common, first_visit=True)
@@ -332,7 +332,7 @@ class Learner:
         have a policy to show).
         """
         table = np.array(self.table)
-        return table if self.controls else action_values(self.mdp, table, self.config.gamma).T
+        return table if self.controls else action_values(self.mdp, table, self.config.discount).T
 
     def error(self) -> float:
         """Root mean squared error against the exact answer, over all entries that are not
@@ -355,11 +355,11 @@ def exact_answer(mdp: TabularMDP, config: Config) -> Floats:
     best ε-soft policy.
     """
     if config.algorithm in PREDICTION:
-        optimum = greedy(action_values(mdp, optimal_values(mdp, config.gamma), config.gamma))
+        optimum = greedy(action_values(mdp, optimal_values(mdp, config.discount), config.discount))
         policy = epsilon_greedy(optimum, mdp.num_actions, config.epsilon)
-        return policy_values(mdp, policy, config.gamma)
+        return policy_values(mdp, policy, config.discount)
     own = mdp if config.algorithm == "q_learning" else mdp.soften(config.epsilon)
-    return action_values(mdp, optimal_values(own, config.gamma), config.gamma).T.copy()
+    return action_values(mdp, optimal_values(own, config.discount), config.discount).T.copy()
 
 
 def train(config: Config) -> Result:

@@ -22,6 +22,7 @@ class CounterEnv(gym.Env):
     def __init__(self, render_mode: str | None = None) -> None:
         self.render_mode = render_mode
         self.copy, self.episode, self.time = CounterEnv.copies, -1, 0
+        self.lengths = (TERMINATES, TRUNCATES)
         self.actions: list[int] = []
         CounterEnv.copies += 1
 
@@ -34,8 +35,8 @@ class CounterEnv(gym.Env):
         self.time += 1
         self.actions.append(int(action))
         even = self.episode % 2 == 0
-        terminated = even and self.time == TERMINATES
-        truncated = not even and self.time == TRUNCATES
+        terminated = even and self.time == self.lengths[0]
+        truncated = not even and self.time == self.lengths[1]
         reward = 100.0 * self.copy + 10.0 * self.episode + self.time
         return self._seen(), reward, terminated, truncated, {}
 

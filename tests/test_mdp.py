@@ -46,7 +46,9 @@ def test_one_backup_by_hand():
 def test_within_tolerance_of_the_exact_solve(algorithm, backend, world, gamma):
     model, exact = WORLDS[world], optimal_values(WORLDS[world], gamma)
     for tolerance in (0.1, 1e-10):
-        config = mdp.Config(algorithm=algorithm, backend=backend, gamma=gamma, tolerance=tolerance)
+        config = mdp.Config(
+            algorithm=algorithm, backend=backend, discount=gamma, tolerance=tolerance
+        )
         solution = mdp.solve(model, config)
         assert np.abs(solution.values - exact).max() <= tolerance + 1e-12 * np.abs(exact).max()
     # the policy is as good as the values say, and v solves Bellman's optimality equation
@@ -125,7 +127,7 @@ def test_policy_iteration_improves_strictly_and_seldom():
 
 
 def test_rounding_ends_what_tolerance_cannot():
-    config = mdp.Config(gamma=0.999, tolerance=1e-300, env_id="rlbook/Cliff-v0")
+    config = mdp.Config(discount=0.999, tolerance=1e-300, env_id="rlbook/Cliff-v0")
     model = GridWorld("cliff", step_reward=-1e6, pit_reward=-1e8).mdp
     for algorithm in mdp.ALGORITHMS:
         solution = mdp.solve(model, mdp.Config(**{**vars(config), "algorithm": algorithm}))
@@ -139,6 +141,7 @@ def test_max_sweeps_stops():
         assert len(mdp.solve(WORLDS["rooms"], config).residuals) == 3
 
 
+@pytest.mark.slow
 def test_parallel_equals_vectorised():
     """Blocks in processes of their own: the same numbers, for both algorithms, kinds and waits."""
     model, tolerance = WORLDS["rooms"], 1e-10
@@ -166,11 +169,12 @@ def test_parallel_equals_vectorised():
         assert not start.any()  # the caller's array is left alone
 
 
+@pytest.mark.slow
 def test_train_in_parallel(tmp_path):
     folder = str(tmp_path / "run")
     config = mdp.Config(backend="parallel", exchange="async", num_workers=99, run_dir=folder)
     result = mdp.train(config)
-    exact = optimal_values(WORLDS["small"], config.gamma)
+    exact = optimal_values(WORLDS["small"], config.discount)
     assert np.abs(result.extra["values"] - exact).max() <= config.tolerance
 
 
@@ -192,7 +196,7 @@ def test_train_keeps_a_run(tmp_path):
 
 def test_evaluated_return_is_what_the_plan_promises():
     """Monte Carlo of the plan against its values, with γ near 1 so that both mean the same."""
-    result = mdp.train(mdp.Config(gamma=0.999999))
+    result = mdp.train(mdp.Config(discount=0.999999))
     model = mdp_of(GridWorld("small", slip=0.2))
     promised = float(model.start @ result.extra["values"])
     evaluated = result.evaluate(episodes=400)
@@ -202,8 +206,8 @@ def test_evaluated_return_is_what_the_plan_promises():
 @pytest.mark.parametrize(
     ("arguments", "field"),
     [
-        ({"gamma": 1.0}, "gamma"),
-        ({"gamma": -0.1}, "gamma"),
+        ({"discount": 1.0}, "discount"),
+        ({"discount": -0.1}, "discount"),
         ({"tolerance": 0.0}, "tolerance"),
         ({"algorithm": "magic"}, "algorithm"),
         ({"backend": "gpu"}, "backend"),

@@ -128,6 +128,14 @@ def test_masked_rows_do_not_matter():
     assert not torch.equal(before, pg.loss_function(network, unroll, mask, config)[0])
 
 
+@pytest.mark.parametrize("algorithm", ["baseline", "reinforce"])
+def test_one_episode_of_each_copy_counts_in_an_update(algorithm):
+    """Those that others play while they wait are short: counting them would bias the mean."""
+    result = pg.train(pg.Config(**QUICK, total_env_steps=2_000, algorithm=algorithm))
+    assert result.metrics["episodes"] == result.learner_steps * QUICK["num_envs"]
+    assert result.metrics["episode_return_mean"] == result.metrics["episode_length_mean"]
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_the_same_seed_is_the_same_run_and_another_is_not(algorithm):
     def run(seed: int):

@@ -180,7 +180,7 @@ def test_exact_answers_are_fixed_points():
         after = q.max(axis=1)
         if algorithm != "q_learning":
             after = 0.75 * after + 0.25 * q.mean(axis=1)
-        expected = model.expected_rewards.T + config.gamma * dense @ after
+        expected = model.expected_rewards.T + config.discount * dense @ after
         np.testing.assert_allclose(q, expected, atol=1e-10)
     values = td.exact_answer(model, td.Config(algorithm="td", epsilon=0.0))
     np.testing.assert_allclose(values, optimal_values(model, 0.99), atol=1e-10)
@@ -267,7 +267,7 @@ def test_epsilon_greedy_breaks_ties_at_random():
     ("arguments", "field"),
     [
         ({"algorithm": "magic"}, "algorithm"),
-        ({"gamma": 1.0}, "gamma"),
+        ({"discount": 1.0}, "discount"),
         ({"epsilon": 1.5}, "epsilon"),
         ({"step_size": 0.0}, "step_size"),
         ({"step_size_power": 2.0}, "step_size_power"),

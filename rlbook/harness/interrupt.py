@@ -1,5 +1,6 @@
 """Ctrl-C that waits for the end of a turn, so that an interrupted run can go on bit for bit."""
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -28,3 +29,5 @@ class Interrupts:
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         self.asked = True
         self.stop()
+        if os.isatty(2):
+            os.write(2, b"\nstopping at the end of this turn; Ctrl-C again stops at once\n")

@@ -5,7 +5,7 @@ import pytest
 
 from rlbook.harness.evaluate import Evaluation, evaluate, rollout_frames, write_video
 from rlbook.parts.envs import make_envs
-from tests.counters import TERMINATES, TRUNCATES, register
+from tests.counters import register
 
 
 class Constant:
@@ -26,17 +26,14 @@ def test_every_begun_episode_counts_once_whatever_its_length():
     """Copies whose episodes are short play several; only the first of each is counted."""
     register()
     envs = make_envs("test/Counter-v0", 6, 0)
-    for copy in (1, 3):  # their next episode is cut after 3 steps, the others' end after 5
-        envs.vector_env.envs[copy].unwrapped.episode = 0
-    for copy in (0, 2, 4, 5):
-        envs.vector_env.envs[copy].unwrapped.episode = 1
+    lengths = [5, 1, 5, 2, 5, 1]
+    for env, length in zip(envs.vector_env.envs, lengths, strict=True):
+        env.unwrapped.lengths = (length, length)
     found = evaluate(Constant(), "test/Counter-v0", episodes=6, seed=3, envs=envs)
-    short, long = TRUNCATES, TERMINATES
-    assert found.lengths.tolist() == [long, short, long, short, long, long]
-    for copy, length in enumerate(found.lengths):
-        episode = 1 if length == short else 2
-        expected = sum(100.0 * copy + 10.0 * episode + t for t in range(1, length + 1))
-        assert found.returns[copy] == expected
+    assert found.lengths.tolist() == lengths
+    for copy, length in enumerate(lengths):
+        expected = sum(100.0 * copy + 10.0 + t for t in range(1, length + 1))
+        assert found.returns[copy] == expected, "episode 1, and not a later one"
 
 
 def test_the_policy_sees_its_state_and_where_episodes_begin():

@@ -14,9 +14,10 @@ COPIES, LENGTH = 3, 4
 
 
 def act(observation: np.ndarray) -> AgentOutput:
-    """The counter network's output; the action is the step."""
+    """The counter network's output; the action is copy + step."""
     logits, value = CounterNetwork()(torch.from_numpy(observation))
-    return AgentOutput(observation[:, 2].astype(np.int64), logits.numpy(), value.numpy())
+    action = (observation[:, 0] + observation[:, 2]).astype(np.int64)
+    return AgentOutput(action, logits.numpy(), value.numpy())
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def test_rows_of_unrolls_are_what_the_counters_say(envs):
         assert np.array_equal(first[0], last.first) and np.array_equal(reward[0], last.reward)
         copy, episode, step = seen[..., 0], seen[..., 1], seen[..., 2]
         assert np.array_equal(copy, np.broadcast_to(np.arange(COPIES), copy.shape))
-        assert np.array_equal(action, step[:-1]), "the action at t answers observation t"
+        assert np.array_equal(action, (copy + step)[:-1]), "the action at t answers observation t"
         assert np.array_equal(logits.argmax(-1), step[:-1])
         assert np.array_equal(value, (100 * copy + 10 * episode + step)[:-1])
         went_on = ~first[1:]
@@ -49,9 +50,10 @@ def test_rows_of_unrolls_are_what_the_counters_say(envs):
         ended = (episode % 2 == 0) & (step == TERMINATES)
         assert np.array_equal(discount == 0, ended), "only a termination has discount 0"
         last = envs.env_output
-    taken = envs.vector_env.envs[1].unwrapped.actions
-    expected = [t for episode in range(99) for t in range((TERMINATES, TRUNCATES)[episode % 2])]
-    assert taken == expected[: len(taken)] and len(taken) > 30
+    times = [t for episode in range(99) for t in range((TERMINATES, TRUNCATES)[episode % 2])]
+    for copy, env in enumerate(envs.vector_env.envs):
+        taken = env.unwrapped.actions
+        assert len(taken) > 30 and taken == [copy + t for t in times[: len(taken)]]
 
 
 def test_unrolls_do_not_share_memory(envs):

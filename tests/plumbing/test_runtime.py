@@ -109,34 +109,30 @@ else:
 WAYS = ("exception", "forgotten", "interrupt", "kill")
 
 
-@pytest.fixture(scope="module")
-def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subprocess.Popen]]:
-    """One program for each way out, all started together because a start of Ray takes seconds."""
-    program = tmp_path_factory.mktemp("runtime") / "program.py"
+@pytest.fixture
+def child(how: str, tmp_path: Path) -> Iterator[subprocess.Popen]:
+    """A program of its own, in a session of its own, which is left in the way that ``how`` says."""
+    program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    root = str(Path(__file__).parents[2])
-    started = {
-        how: subprocess.Popen(
-            [sys.executable, str(program), how],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            env={**os.environ, "PYTHONPATH": root},
-        )
-        for how in WAYS
-    }
-    yield started
-    for child in started.values():
-        child.kill()
-        child.communicate()
+    process = subprocess.Popen(
+        [sys.executable, str(program), how],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    yield process
+    process.kill()
+    process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", WAYS)
-def test_nothing_is_left(how: str, children: dict[str, subprocess.Popen]):
-    child = children[how]
+def test_nothing_is_left(how: str, child: subprocess.Popen):
     assert child.stdout is not None
-    assert child.stdout.readline() == "7\n"
+    first = child.stdout.readline()
+    assert first == "7\n", child.communicate(timeout=60)[1]
     signals = {"interrupt": signal.SIGINT, "kill": signal.SIGKILL}
     if how in signals:
         assert ray_processes(child.pid)  # the count sees what is to be gone
