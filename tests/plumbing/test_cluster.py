@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from rlbook.plumbing import cluster as module
 from rlbook.plumbing.cluster import Cluster, Crash, Node, median_seconds
 
 BAD: list[tuple[Any, dict[str, Any], str]] = [
@@ -44,9 +45,26 @@ def test_work_is_priced_in_units() -> None:
         cluster.seconds({"gradient": 1})
 
 
-def test_costs_are_medians() -> None:
-    naps = iter([0.0, *[0.002] * 4, 0.2, *[0.002] * 10_000])  # the first call is not counted
-    assert 0.002 <= median_seconds(lambda: time.sleep(next(naps)), 0.05) < 0.1
+class Clock:
+    """Goes on by what the next work takes."""
+
+    def __init__(self, *seconds: float) -> None:
+        self.now, self.seconds = 0.0, iter(seconds)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def work(self) -> None:
+        self.now += next(self.seconds)
+
+
+def test_costs_are_medians(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(100, 1, 2, 90, 3, 1, 9, 9, 9)  # the first call warms up and is not counted
+    monkeypatch.setattr(module, "time", clock)
+    assert median_seconds(clock.work, 5.0) == 2  # of five: there must be that many
+    patient = Clock(100, *[4] * 3, *[5] * 4, 6)
+    monkeypatch.setattr(module, "time", patient)
+    assert median_seconds(patient.work, 30.0) == 5  # of seven, until 30 s have passed
     with pytest.raises(ValueError, match="seconds"):
         median_seconds(lambda: None, 0.0)
 

@@ -12,7 +12,6 @@ import pytest
 from rlbook.plumbing import timeline as module
 from rlbook.plumbing.timeline import DRIVER, Span, Timeline, Totals, timed
 
-
 T = TypeVar("T")
 
 
