@@ -1,8 +1,6 @@
-"""The cast of a virtual cluster: nodes at work, actors and their lives, methods, calls.
+"""The cast of a virtual cluster: nodes at work, actors, their methods, and calls.
 
-    Room (a node) ◄── Actor ──► Life (what a crash ends)
-                        ▲
-            Method ─────┘◄── Call ──► VirtualReference
+    Room (a node) ◄── Actor ◄── Method ◄── Call ──► VirtualReference
 
 They hold what the simulator knows of each; :mod:`rlbook.plumbing.simulator` says when they act.
 """
@@ -16,18 +14,6 @@ from typing import Any
 
 from rlbook.plumbing.cluster import Node
 from rlbook.plumbing.wire import Message, VirtualReference
-
-
-class Life:
-    """What dies with an actor's process."""
-
-    __slots__ = ("error", "instance")
-
-    def __init__(self, target: Any) -> None:
-        self.instance = target
-        """The class until its constructor has run; for a function, the function."""
-        self.error: Message | None = None
-        """Why the constructor failed, if it did."""
 
 
 class Room:
@@ -68,7 +54,10 @@ class Actor:
 
     def __init__(self, name: str, room: Room, pace: float, lane: int, target: Any) -> None:
         self.name, self.room, self.lane, self.target = name, room, lane, target
-        self.life = Life(target)
+        self.instance = target
+        """The class until its constructor has run; for a function, the function."""
+        self.error: Message | None = None
+        """Why the constructor failed, if it did."""
         self.pace = pace
         """Seconds here for a second of work on a core of speed 1."""
         self.unsent: deque[Call] = deque()
@@ -100,10 +89,8 @@ class Call:
 
     __slots__ = (
         *("actor", "method", "reference", "arguments", "needs", "missing"),
-        *("life", "arrive", "start", "finish"),
+        *("arrive", "start", "finish"),
     )
-    life: Life
-    """That of the actor when the call reached it."""
     arrive: float
     start: float
     finish: float

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from rlbook.plumbing.cast import Actor, Call, Life, Room
+from rlbook.plumbing.cast import Actor, Call, Room
 from rlbook.plumbing.cluster import Cluster, Crash
 from rlbook.plumbing.runtime import ActorDiedError
 from rlbook.plumbing.timeline import Timeline
@@ -108,7 +108,7 @@ class Simulator:
     def _arrive(self, at: float, call: Call) -> None:
         """Into the actor's line."""
         actor = call.actor
-        call.arrive, call.life = at, actor.life
+        call.arrive = at
         if actor.room.shared:
             actor.backlog.append(call)
             if len(actor.backlog) == 1:
@@ -218,7 +218,7 @@ class Simulator:
         if actor.up_at == math.inf:
             return
         lost = self._take_back(at, actor)
-        actor.life, actor.free_at = Life(actor.target), at
+        actor.free_at = at
         actor.up_at = math.inf if crash.restart_s is None else at + crash.restart_s
         for call in lost:
             if self.timeline is not None and call.start < at:

@@ -299,9 +299,9 @@ class VirtualRuntime:
 
     def _work(self, call: Call) -> None:
         """Does what a call says, on copies, and packs what comes out."""
-        actor, life, name = call.actor, call.life, call.method.name
-        if life.error is not None:
-            call.reference.error = life.error
+        actor, name = call.actor, call.method.name
+        if actor.error is not None and name != "__init__":
+            call.reference.error = actor.error
             return
         self._inside = f"{actor.name}.{name}"
         where = f"{self._inside} at {call.finish:.6f} s of virtual time"
@@ -309,15 +309,15 @@ class VirtualRuntime:
             args, kwargs = call.open()
             result = None
             if name == "__init__":
-                life.instance = actor.target(*args, **kwargs)
+                actor.instance, actor.error = actor.target(*args, **kwargs), None
             else:
-                result = getattr(life.instance, name)(*args, **kwargs)
+                result = getattr(actor.instance, name)(*args, **kwargs)
             call.reference.message = NOTHING if result is None else pack(result)
         except Exception as error:
             call.reference.error = pack_error(error, where)
             if name == "__init__":
                 reason = f"{actor.name} died in its constructor: {error!r}"
-                life.error = pack(ActorDiedError(reason))
+                actor.error = pack(ActorDiedError(reason))
         finally:
             self._inside = None
 

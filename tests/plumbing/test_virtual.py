@@ -7,6 +7,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +138,18 @@ def test_actors_and_functions_go_where_there_is_room() -> None:
     nap = runtime.remote(lambda seconds: seconds, costs=lambda seconds: seconds)
     runtime.get([nap.remote(1.0) for _ in range(4)])
     assert runtime.now == 2 + 2 * L  # three at once, and one after them
+    fast = replace(cluster(), nodes=(Node(1), Node(2, speed=4.0)))
+    runtime = VirtualRuntime(1, fast)
+    nap = runtime.remote(abs, costs=lambda seconds: seconds)
+    for _ in range(4):  # each finds node 0 empty again
+        runtime.get(nap.remote(1.0))
+    assert runtime.now == 4 * (1 + 2 * L)
+    broken = runtime.remote(len).remote(3)
+    for _ in range(3):  # calls that never arrive leave no trace either
+        with pytest.raises(TypeError):
+            runtime.get(nap.remote(broken))
     begun = runtime.now
-    runtime.get([nap.remote(1.0) for _ in range(3)])
+    runtime.get(nap.remote(1.0))
     assert runtime.now == begun + 1 + 2 * L
     runtime = VirtualRuntime(1, cluster(1, 2))
     runtime.get([worker.work.remote(1.0) for worker in workers(runtime, 3, node=0)])
@@ -173,6 +184,22 @@ def test_bytes_cross_once_to_a_node_and_queue_for_it() -> None:
     assert runtime.nbytes == 2 * put.nbytes + 3 * 5
 
 
+def test_arguments_by_value_weigh_too() -> None:
+    bandwidth = 2.0**20
+    runtime = VirtualRuntime(1, cluster(8, 8, bandwidth=bandwidth))
+    (worker,) = workers(runtime, 1, {"work": 1.0}, node=1)
+    before = runtime.nbytes
+    sent = [worker.work.remote(np.zeros(2**14)) for _ in range(2)]
+    over = (runtime.nbytes - before) / 2 / bandwidth
+    runtime.get(sent)
+    assert over > 8 * 2**14 / bandwidth
+    # The second came while the first was at work.
+    assert worked(runtime) == [
+        ("Worker 0", L + over, L + over + 1),
+        ("Worker 0", L + over + 1, L + over + 1 + 1),
+    ]
+
+
 def test_two_values_for_one_node_queue_on_its_wire() -> None:
     bandwidth = 2.0**20
     runtime = VirtualRuntime(1, cluster(8, 8, bandwidth=bandwidth))
@@ -197,6 +224,18 @@ def test_a_call_leaves_when_its_argument_exists() -> None:
     assert worked(runtime)[1:] == [
         ("Worker 1", known + L, known + L + 0.5),
         ("Worker 1", known + L + 0.5, known + L + 0.5 + 0.25),
+    ]
+
+
+def test_a_call_waits_for_those_before_it_though_its_own_argument_exists() -> None:
+    runtime = VirtualRuntime(1, cluster())
+    one, other, reader = workers(runtime, 3)
+    late, early = one.work.remote(8.0), other.work.remote(1.0)
+    both = [reader.work.remote(0.5, late), reader.work.remote(0.25, early)]
+    assert runtime.get(both) == [1, 2]
+    assert worked(runtime)[-2:] == [
+        ("Worker 2", L + 8 + L + L, L + 8 + L + L + 0.5),
+        ("Worker 2", L + 8 + L + L + 0.5, L + 8 + L + L + 0.5 + 0.25),
     ]
 
 
@@ -251,7 +290,8 @@ def test_a_crash_frees_the_core_and_fails_what_was_under_way(cores: int) -> None
 
 
 def test_a_crash_hands_the_core_on_at_once() -> None:
-    runtime = VirtualRuntime(1, cluster(1, crashes=(Crash("Worker 0", at_s=1.5),)))
+    crashes = Crash("Worker 0", at_s=1.5), Crash("Worker 0", at_s=2.0, restart_s=0.0)
+    runtime = VirtualRuntime(1, cluster(1, crashes=crashes))
     doomed, other = workers(runtime, 2)
     lost, waits = doomed.work.remote(9.0), other.work.remote(1.0)
     assert runtime.get(waits) == 1
@@ -259,7 +299,7 @@ def test_a_crash_hands_the_core_on_at_once() -> None:
     with pytest.raises(ActorDiedError):
         runtime.get(lost)
     begun = runtime.now
-    for _ in range(2):  # it never comes back
+    for _ in range(2):  # it never comes back, whatever befalls it then
         with pytest.raises(ActorDiedError):
             runtime.get(doomed.work.remote(1.0))
     assert runtime.now == begun + 2 * (L + L)
