@@ -93,7 +93,8 @@ def test_the_driver_and_the_constructor_take_time_too() -> None:
     assert runtime.now == d + L + 2.0 + 1.0 + L + d
 
 
-def test_costs_are_units_of_work_by_speed_and_straggling() -> None:
+@pytest.mark.parametrize("by_arguments", [False, True])
+def test_costs_are_units_of_work_by_speed_and_straggling(by_arguments: bool) -> None:
     machines = Cluster(
         nodes=(Node(cores=4), Node(cores=4, speed=2.0)),
         costs={"env_step": 0.25, "inference": 0.5},
@@ -103,7 +104,8 @@ def test_costs_are_units_of_work_by_speed_and_straggling() -> None:
         bandwidth=math.inf,
     )
     runtime = VirtualRuntime(1, machines)
-    work = {"work": {"env_step": 20, "inference": 5}}
+    units = {"env_step": 20, "inference": 5}
+    work = {"work": (lambda: units) if by_arguments else units}
     on_slow = workers(runtime, 1, work, node=0)
     on_fast = workers(runtime, 2, work, node=1)
     runtime.get([worker.work.remote() for worker in on_slow + on_fast])
@@ -314,6 +316,15 @@ def test_an_answer_on_its_way_outlives_its_actor() -> None:
     assert runtime.get(worker.work.remote(1.0)) == 2
 
 
+def test_what_happened_while_the_driver_was_busy_comes_first() -> None:
+    crash = Crash("Worker 0", at_s=2.5, restart_s=0.25)
+    runtime = VirtualRuntime(1, cluster(driver_call_s=1.0, crashes=(crash,)))
+    (worker,) = workers(runtime, 1)
+    runtime.put(0)
+    assert runtime.get(worker.work.remote(1.0)) == 1  # sent at 3, when it was up again
+    assert runtime.now == 3 + L + 1 + L
+
+
 def test_a_crash_in_the_constructor_of_a_restart() -> None:
     crashes = (
         Crash("Worker 0", at_s=5.0, restart_s=1.0),
@@ -488,6 +499,7 @@ def test_waits_on_several_collections_lose_nothing() -> None:
         count = int(turns.integers(1, len(inflight) + 1))
         found, pending = runtime.wait(inflight, num_returns=count)
         assert len(found) == count and len(pending) == len(inflight) - count
+        assert found == [reference for reference in inflight if reference in found]
         assert all(reference.at <= runtime.now for reference in found)
         later = [r.at for r in inflight if r not in found and r.at < math.inf]
         assert not later or max(r.at for r in found) <= min(later)  # the first to be done
@@ -496,6 +508,19 @@ def test_waits_on_several_collections_lose_nothing() -> None:
             returned.append(reference)
             inflight[worker.work.remote()] = worker
     assert len(set(returned)) == len(returned)
+
+
+def test_what_was_known_before_is_returned_once_and_costs_no_time() -> None:
+    runtime = VirtualRuntime(1, cluster())
+    early = [worker.work.remote(1.0) for worker in workers(runtime, 2)]
+    (late,) = [worker.work.remote(5.0) for worker in workers(runtime, 1)]
+    runtime.get(workers(runtime, 1)[0].work.remote(3.0))
+    begun = runtime.now
+    assert runtime.wait([*early, late]) == ([early[0]], [early[1], late])
+    assert runtime.wait(early, num_returns=2) == (early, [])
+    assert runtime.now == begun == L + 3 + L  # it does not go back either
+    assert runtime.wait([*early, late], num_returns=3) == ([*early, late], [])
+    assert runtime.now == L + 5 + L
 
 
 def test_dropped_references_are_forgotten() -> None:
