@@ -35,8 +35,11 @@ def draw_values(
     shown = grid.to_grid(np.zeros(len(grid.positions)) if values is None else values)
     low, high = limits or (np.nanmin(shown), np.nanmax(shown) + 1e-12)
     colours = plt.get_cmap("cividis" if values is not None else ListedColormap(["#E5EAF0"])).copy()
-    colours.set_bad("#4C566A")
+    colours.set_bad("white")
     ax.imshow(shown, cmap=colours, vmin=low, vmax=high)
+    for row, column in np.argwhere(np.isnan(shown)):  # walls: a hatch that no value looks like
+        corner = (column - 0.5, row - 0.5)
+        ax.add_patch(Rectangle(corner, 1, 1, fc="#E3E6EA", ec="#8A939D", hatch="////"))
     ax.set_xticks(np.arange(-0.5, shown.shape[1]), [])
     ax.set_yticks(np.arange(-0.5, shown.shape[0]), [])
     ax.grid(color="white", linewidth=1)

@@ -152,7 +152,7 @@ def learning_curves(
             known = sorted(results[0].curves)
             raise ValueError(f"{label} has no metric {y!r} over {x!r}; it has {', '.join(known)}")
         grid, values = on_grid([result.curves for result in results], x, y)
-        (line,) = ax.plot(grid, interquartile_mean(values), label=label)
+        (line,) = ax.plot(grid, interquartile_mean(values), label=label.replace("_", " "))
         if len(values) > 1:
             low, high = bootstrap_interval(values)
             ax.fill_between(grid, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
