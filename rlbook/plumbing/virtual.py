@@ -151,7 +151,7 @@ class VirtualRuntime:
         timeout: float | None = None,
     ) -> tuple[list[VirtualReference], Sequence[VirtualReference]]:
         """Plays on until ``num_returns`` references are done, or ``timeout`` virtual seconds have
-        passed. Returns (done, not done), both in the order of ``references``.
+        passed. Returns (done, not done), in the order of a list, or in which the calls were made.
 
         Give it the dict or set of all that is in flight: then each reference returned costs the
         same, however many are in flight, and "not done" is a live view of the collection. A list
