@@ -8,7 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import common, envs, imports, peer, rate, replay, solve, trial, value_iteration
+from benchmarks import (
+    common,
+    envs,
+    imports,
+    peer,
+    rate,
+    replay,
+    solve,
+    trial,
+    value_iteration,
+    virtual,
+)
 
 HEADER = {"benchmark", "command", "machine", "load_before", "versions", "targets", "rows"}
 
@@ -50,6 +61,15 @@ def test_replay(tmp_path: Path) -> None:
     whole = [("replay: rlbook", name) for name in ("sample", "update", "add")]
     assert operations == [("tree: rlbook", "update"), ("tree: rlbook", "sample"), *whole]
     assert all(row["items/s"] == pytest.approx(replay.BATCH * row["batches/s"]) for row in rows)
+
+
+def test_virtual(tmp_path: Path) -> None:
+    rows = written(virtual, tmp_path)["rows"]
+    assert [row["what"] for row in rows] == list(virtual.KINDS)
+    # A call takes 100 × 50 µs; ten actors do 200 of them, in the same virtual time whatever waits.
+    assert rows[0]["virtual s"] == pytest.approx(200 / 10 * 100 * 50e-6, rel=0.3)
+    same = [row["virtual s"] for row in rows if row["what"] != "… weights as an argument"]
+    assert len(set(same)) == 1
 
 
 def test_a_tree_that_finds_other_leaves_voids_the_race() -> None:

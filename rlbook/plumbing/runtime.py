@@ -7,8 +7,9 @@
         result = runtime.get(reference)               fetch the value
 
 A system's ``train()`` speaks to whatever has these verbs, so it does not know what carries its
-calls. Ray starts when the ``with`` is entered and is shut down when it is left: after the last
-line, an exception or Ctrl-C. It prints nothing.
+calls: Ray, or :class:`~rlbook.plumbing.virtual.VirtualRuntime`. Ray starts when the ``with`` is
+entered and is shut down when it is left: after the last line, an exception or Ctrl-C. It prints
+nothing.
 """
 
 from __future__ import annotations
@@ -18,23 +19,43 @@ import logging
 import os
 import subprocess
 import sys
+import time
 import warnings
-from collections.abc import Sequence
+import weakref
+from collections import Counter
+from collections.abc import Collection, Sequence
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, NoReturn, Protocol, Self
 
 from rlbook.plumbing import watchdog
+from rlbook.plumbing.timeline import DRIVER, KEPT, Timeline, timed
 
 Reference = Any
 """A promise of a value that some process holds or will hold (Ray's ``ObjectRef``)."""
 
 
-class Runtime(Protocol):
-    """What a conducting ``train()`` needs: Ray's verbs with Ray's meaning."""
+class ActorDiedError(RuntimeError):
+    """The actor died before it answered: in its constructor, or later. What it knew is lost."""
 
-    def remote(self, target: Any, **options: Any) -> Any:
+
+class Runtime(Protocol):
+    """What a conducting ``train()`` needs: Ray's verbs with Ray's meaning, and a clock."""
+
+    @property
+    def now(self) -> float:
+        """Seconds since the runtime was entered, on its own clock."""
+
+    def remote(
+        self,
+        target: Any,
+        *,
+        costs: Any = None,
+        returns: Any = None,
+        node: int | None = None,
+        **options: Any,
+    ) -> Any:
         """A class or function whose calls run elsewhere: call ``.remote(...)`` on what comes
-        back.
+        back. ``costs``, ``returns`` and ``node`` are for the virtual clock.
         """
 
     def put(self, value: Any) -> Reference:
@@ -44,9 +65,16 @@ class Runtime(Protocol):
         """The value behind a reference, or the values behind a list of them. Blocks."""
 
     def wait(
-        self, references: Sequence[Reference], *, num_returns: int = 1, timeout: float | None = None
-    ) -> tuple[list[Reference], list[Reference]]:
+        self,
+        references: Collection[Reference],
+        *,
+        num_returns: int = 1,
+        timeout: float | None = None,
+    ) -> tuple[list[Reference], Sequence[Reference]]:
         """Block until ``num_returns`` of ``references`` are done. Returns (done, not done)."""
+
+    def timeline(self) -> Timeline:
+        """Who worked on what so far, and when the driver waited."""
 
 
 class RayRuntime:
@@ -55,13 +83,19 @@ class RayRuntime:
     ``num_cpus``: cores that Ray may hand out, 1 or more; all by default. ``object_store_mb``:
     shared memory for values in flight, in MB, at least 80 (Ray's own floor is a little below).
     ``address``: an existing cluster to join, whose cores and memory are its own affair; leaving
-    the ``with`` disconnects from it and lets it run.
+    the ``with`` disconnects from it and lets it run. ``trace``: actors and driver note what they
+    do, for :meth:`timeline`; it costs about a microsecond a call.
 
     Raises ``ValueError`` for a bad size and ``RuntimeError`` when Ray already runs in this process.
     """
 
     def __init__(
-        self, *, num_cpus: int | None = None, object_store_mb: int = 256, address: str | None = None
+        self,
+        *,
+        num_cpus: int | None = None,
+        object_store_mb: int = 256,
+        address: str | None = None,
+        trace: bool = True,
     ) -> None:
         if num_cpus is not None and num_cpus < 1:
             raise ValueError(f"num_cpus must be at least 1, got {num_cpus}")
@@ -70,7 +104,12 @@ class RayRuntime:
         self.num_cpus = num_cpus
         self.object_store_mb = object_store_mb
         self.address = address
+        self.trace = trace
         self._running = False
+        self._entered_at = time.time()
+        self._timeline = Timeline()
+        self._made: Counter[str] = Counter()
+        self._actors: dict[str, weakref.ref[Any]] = {}
         self._watchdog: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -91,7 +130,7 @@ class RayRuntime:
                 "include_dashboard": False,
             }
         atexit.register(self.shutdown)
-        self._running = True
+        self._running, self._entered_at = True, time.time()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -109,7 +148,14 @@ class RayRuntime:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.shutdown()
+        try:
+            if kind is None:
+                self.timeline()  # the actors' notes go with them
+        finally:
+            self.shutdown()
+
+    def __reduce__(self) -> NoReturn:
+        raise RuntimeError("the runtime stays with the driver: actor methods never get or wait")
 
     def shutdown(self) -> None:
         """Stop Ray and its processes. Calling it again does nothing."""
@@ -124,15 +170,34 @@ class RayRuntime:
             self._watchdog.communicate(watchdog.ORDERLY)
             self._watchdog = None
 
-    def remote(self, target: Any, **options: Any) -> Any:
+    @property
+    def now(self) -> float:
+        """Seconds since the runtime was entered."""
+        return time.time() - self._entered_at
+
+    def remote(
+        self,
+        target: Any,
+        *,
+        costs: Any = None,
+        returns: Any = None,
+        node: int | None = None,
+        **options: Any,
+    ) -> Any:
         """``target`` (a class or function) with its calls run in other processes.
 
         ``options`` are Ray's: ``num_cpus``, ``num_gpus`` (fractions too), ``max_restarts``, …
-        Without any, an actor asks for no core of its own beyond Ray's default.
+        Without any, an actor asks for no core of its own beyond Ray's default. ``costs``,
+        ``returns`` and ``node`` are for the virtual clock: here work takes the time it takes.
         """
         import ray
 
-        return ray.remote(**options)(target) if options else ray.remote(target)
+        if not isinstance(target, type):
+            return ray.remote(**options)(target) if options else ray.remote(target)
+        made = timed(target) if self.trace else target
+        return _RayClass(
+            self, target.__name__, ray.remote(**options)(made) if options else ray.remote(made)
+        )
 
     def put(self, value: Any) -> Reference:
         """Copy ``value`` into shared memory once; every process on the node then reads it without
@@ -144,24 +209,91 @@ class RayRuntime:
 
     def get(self, references: Any, *, timeout: float | None = None) -> Any:
         """The value behind a reference, or a list of values; an exception of the remote call is
-        raised here.
+        raised here, and :class:`ActorDiedError` if there was nobody to raise one.
 
-        ``timeout`` in seconds; ``ray.exceptions.GetTimeoutError`` when it passes. Arrays come back
-        read-only.
+        ``timeout`` in seconds; ``TimeoutError`` when it passes. Arrays come back read-only.
         """
         import ray
 
-        return ray.get(references, timeout=timeout)
+        begun = self.now
+        try:
+            return ray.get(references, timeout=timeout)
+        except ray.exceptions.RayActorError as error:
+            raise ActorDiedError(str(error)) from error
+        finally:
+            self._waited("get", begun)
 
     def wait(
-        self, references: Sequence[Reference], *, num_returns: int = 1, timeout: float | None = None
+        self,
+        references: Collection[Reference],
+        *,
+        num_returns: int = 1,
+        timeout: float | None = None,
     ) -> tuple[list[Reference], list[Reference]]:
         """Block until ``num_returns`` references are done, or ``timeout`` seconds. Returns (done,
-        not done).
+        not done). The values stay where they are.
         """
         import ray
 
-        return ray.wait(list(references), num_returns=num_returns, timeout=timeout)
+        begun = self.now
+        answers = ray.wait(
+            list(references), num_returns=num_returns, timeout=timeout, fetch_local=False
+        )
+        self._waited("wait", begun)
+        return answers
+
+    def timeline(self) -> Timeline:
+        """Who worked on what so far, and when the driver waited.
+
+        Asks the actors that are alive, and waits a second for those that are busy. Calls of
+        functions are not noted.
+        """
+        import ray
+
+        if not (self._running and self.trace):
+            return self._timeline
+        asked = {}
+        for name, handle in self._actors.items():
+            if (actor := handle()) is not None:
+                asked[actor.rlbook_spans.remote()] = name
+        answered = ray.wait(list(asked), num_returns=len(asked), timeout=1.0)[0] if asked else []
+        number = self._timeline.number
+        for reference in answered:
+            try:
+                spans = ray.get(reference)
+            except ray.exceptions.RayError:  # it died with its notes
+                continue
+            for what, *times in spans:
+                start, end = (at - self._entered_at for at in times)
+                self._timeline.add(number(asked[reference]), number(what), start, end)
+        return self._timeline
+
+    def _waited(self, verb: str, begun: float) -> None:
+        if self.trace:
+            timeline = self._timeline
+            timeline.add(timeline.number(DRIVER), timeline.number(verb), begun, self.now)
+            if len(timeline) > 10 * KEPT:
+                timeline.forget(5 * KEPT)
+
+    def _note_actor(self, kind: str, handle: Any) -> None:
+        self._actors[f"{kind} {self._made[kind]}"] = weakref.ref(handle)
+        self._made[kind] += 1
+
+
+class _RayClass:
+    """Ray's remote class, which tells its runtime of the actors that it makes."""
+
+    def __init__(self, runtime: RayRuntime, name: str, ray_class: Any) -> None:
+        self._runtime, self._name, self._ray_class = runtime, name, ray_class
+
+    def remote(self, *args: Any, **kwargs: Any) -> Any:
+        """A new actor; its constructor runs in a process of its own."""
+        handle = self._ray_class.remote(*args, **kwargs)
+        self._runtime._note_actor(self._name, handle)
+        return handle
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ray_class, name)
 
 
 def _quiet_ray() -> Any:

@@ -1,0 +1,334 @@
+"""Ray's four verbs on a virtual clock: one thread plays a whole cluster, and can play it again.
+
+    with VirtualRuntime(seed=1, cluster=Cluster(nodes=(Node(cores=64),))) as runtime:
+        worker = runtime.remote(Worker, costs={"work": 0.005}).remote(7)
+        reference = worker.work.remote(data)          now + latency: it reaches the worker
+        ready, pending = runtime.wait([reference])    plays events until it is done
+        result = runtime.get(reference)               a copy, as from another process
+
+The very ``train()`` that runs on :class:`~rlbook.plumbing.runtime.RayRuntime` runs here. Calls
+really run, one after the other, in the order in which the virtual cluster finishes them, on copies
+of their arguments; only time is made up, from declared costs. The same seed gives the same run,
+bit for bit; another seed another order. So asynchrony can be tested, replayed and debugged.
+
+With ``hollow=True`` calls cost time but run nothing: thousands of actors, predicted in seconds.
+
+Processes share one Python here. What a program sets for its whole process (seeds of the global
+generators, threads of torch) it sets for all actors: draw from generators of your own.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import weakref
+from collections import Counter
+from collections.abc import Collection, Sequence
+from typing import Any, NoReturn, Self
+
+from rlbook.plumbing.cast import Actor, Call, Method, Room
+from rlbook.plumbing.cluster import Cluster
+from rlbook.plumbing.handles import (
+    NOTHING,
+    Pending,
+    StandIn,
+    VirtualActor,
+    VirtualTarget,
+    as_arguments,
+    as_message,
+    split,
+)
+from rlbook.plumbing.runtime import ActorDiedError
+from rlbook.plumbing.simulator import Simulator
+from rlbook.plumbing.timeline import DRIVER, Timeline
+from rlbook.plumbing.wire import VirtualReference, pack, pack_error
+
+__all__ = ["StandIn", "VirtualReference", "VirtualRuntime"]
+
+
+class VirtualRuntime:
+    """The four verbs on a virtual clock.
+
+    ``seed`` decides every random duration, delay and crash, and so the order of events.
+    ``cluster``: nodes, wire, costs and faults. ``hollow``: no method runs; calls return what the
+    ``returns`` of :meth:`remote` says. ``trace``: keep a timeline (32 bytes a call).
+    """
+
+    def __init__(
+        self, seed: int, cluster: Cluster | None = None, *, hollow: bool = False, trace: bool = True
+    ) -> None:
+        self.cluster = Cluster() if cluster is None else cluster
+        self.hollow = hollow
+        self.now = 0.0
+        """Seconds on the virtual clock, as the driver lives them."""
+        self._timeline = Timeline()
+        self._lane = self._timeline.number(DRIVER)
+        self._words = {verb: self._timeline.number(verb) for verb in ("get", "wait")}
+        work = self._pretend if hollow else self._work
+        self._simulator = Simulator(seed, self.cluster, work, self._timeline)
+        if not trace:
+            self._simulator.timeline = None
+        self._made: Counter[str] = Counter()
+        self._calls = 0
+        self._inside: str | None = None
+        # Known references that wait in no queue: returned before, or nobody has asked for them.
+        self._aside: set[weakref.ref[VirtualReference]] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """No process is left: there was none. A fault for an actor that never was is an error."""
+        named = {*self.cluster.stragglers, *(crash.actor for crash in self.cluster.crashes)}
+        missed = sorted(name for name in named if not self._was_made(name))
+        if missed and kind is None:
+            raise RuntimeError(f"stragglers and crashes name actors that were never made: {missed}")
+
+    def __reduce__(self) -> NoReturn:
+        raise RuntimeError("the runtime stays with the driver: actor methods never get or wait")
+
+    # -- the verbs -------------------------------------------------------------------------
+
+    def remote(
+        self,
+        target: Any,
+        *,
+        costs: Any = None,
+        returns: Any = None,
+        node: int | None = None,
+        **options: Any,
+    ) -> VirtualTarget:
+        """A class whose instances are actors, or a function whose calls run elsewhere.
+
+        ``costs``: method → work, or a function of its arguments; for a function its own. What is
+        not named takes no time. ``returns``: what hollow calls return, likewise: a value, a
+        :class:`StandIn`, or a function of the arguments. ``node``: where; by default the node
+        with most room. Ray's own ``options`` are accepted and mean nothing here.
+        """
+        return VirtualTarget(self, target, costs, returns, node)
+
+    def put(self, value: Any) -> VirtualReference:
+        """A copy of ``value``, as it is now, for everybody to read."""
+        self._begin("put")
+        reference = self._reference()
+        reference.message = pack(value)
+        reference.at = self.now = self._simulator.rooms[0].fetch(reference, self.now)
+        self._set_aside(reference)
+        return reference
+
+    def get(self, references: Any, *, timeout: float | None = None) -> Any:
+        """The value behind a reference, or a list of values; an exception of the call is raised
+        here. ``timeout`` in virtual seconds; ``TimeoutError`` when it passes.
+        """
+        self._begin("get")
+        begun, simulator = self.now, self._simulator
+        wanted = [references] if isinstance(references, VirtualReference) else references
+        if not isinstance(wanted, list):
+            raise ValueError(f"get: must have a reference or a list of them, got {references!r}")
+        limit = math.inf if timeout is None else begun + timeout
+        for reference in wanted:
+            if not isinstance(reference, VirtualReference):
+                raise TypeError(f"get: {reference!r} is no reference of this runtime")
+            while reference.at == math.inf:
+                if not self._can_play(limit):
+                    self.now = limit
+                    raise TimeoutError(f"get: {reference} after {timeout} virtual seconds")
+                simulator.play()
+        while simulator.ready:
+            self._set_aside(simulator.ready.popleft())
+        self.now = max([self.now, *(reference.at for reference in wanted)])
+        try:
+            values = [self._fetch(reference) for reference in wanted]
+        finally:
+            self._waited("get", begun)
+        return values[0] if isinstance(references, VirtualReference) else values
+
+    def wait(
+        self,
+        references: Collection[VirtualReference],
+        *,
+        num_returns: int = 1,
+        timeout: float | None = None,
+    ) -> tuple[list[VirtualReference], Sequence[VirtualReference]]:
+        """Plays on until ``num_returns`` references are done, or ``timeout`` virtual seconds have
+        passed. Returns (done, not done), in the order of a list, or in which the calls were made.
+
+        Give it the dict or set of all that is in flight: then each reference returned costs the
+        same, however many are in flight, and "not done" is a live view of the collection. A list
+        is searched for each answer, and "not done" is a new list.
+        """
+        self._begin("wait")
+        if not references:
+            return [], []
+        if not 1 <= num_returns <= len(references):
+            raise ValueError(f"num_returns: must be 1 to {len(references)}, got {num_returns}")
+        if num_returns > 1 and len(set(references)) < len(references):
+            raise ValueError("wait: the same reference is there twice")
+        begun, simulator = self.now, self._simulator
+        limit = math.inf if timeout is None else begun + timeout
+        ready, events, pop = simulator.ready, simulator.events, heapq.heappop
+        found = self._recall(references, num_returns) if self._aside else []
+        while len(found) < num_returns:
+            if ready:
+                reference = ready.popleft()
+                self._set_aside(reference)
+                if reference in references:
+                    found.append(reference)
+            elif events and events[0][0] <= limit:
+                at, _, action, subject = pop(events)
+                action(at, subject)
+            elif not self._can_play(limit):
+                self.now = limit
+                break
+        for reference in found:
+            if reference.at > self.now:
+                self.now = reference.at
+        self._waited("wait", begun)
+        if isinstance(references, list | tuple):
+            return split(references, found)
+        if num_returns > 1:
+            found.sort(key=lambda reference: reference.number)
+        return found, Pending(references, found)
+
+    def timeline(self) -> Timeline:
+        """Who worked on what so far, and when the driver waited."""
+        return self._timeline
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that went over the wire so far."""
+        return sum(room.nbytes for room in self._simulator.rooms)
+
+    # -- behind the verbs ------------------------------------------------------------------
+
+    def _begin(self, verb: str) -> None:
+        """What each verb does first: refuse to be called from inside a call, take its time."""
+        if self._inside is not None:
+            raise RuntimeError(
+                f"{self._inside} called {verb}: only the driver does. Hand references to actors "
+                "as arguments, and return results"
+            )
+        self.now += self.cluster.driver_call_s
+        simulator = self._simulator
+        while simulator.events and simulator.events[0][0] <= self.now:
+            simulator.play()
+
+    def _reference(self) -> VirtualReference:
+        self._calls += 1
+        return VirtualReference(self._calls)
+
+    def _set_aside(self, reference: VirtualReference) -> None:
+        """Keeps a known reference findable, for as long as somebody holds it."""
+        self._aside.add(weakref.ref(reference, self._aside.discard))
+
+    def _recall(self, references: Collection[Any], num_returns: int) -> list[VirtualReference]:
+        """The first ``num_returns`` of ``references`` that were known before this call."""
+        if len(references) < len(self._aside):
+            known = [r for r in references if weakref.ref(r) in self._aside]
+        else:
+            known = [r for weak in list(self._aside) if (r := weak()) in references]
+        if len(known) > 1:
+            known.sort(key=lambda reference: (reference.at, reference.number))
+            # The others are next: what was searched for once is not searched for again.
+            self._aside.difference_update(map(weakref.ref, known[num_returns:]))
+            self._simulator.ready.extendleft(reversed(known[num_returns:]))
+        return known[:num_returns]
+
+    def _can_play(self, limit: float) -> bool:
+        """Whether anything happens up to ``limit``; an error if nothing ever will."""
+        events = self._simulator.events
+        if not events and limit == math.inf:
+            raise RuntimeError("nothing is under way that could answer: the driver would hang")
+        return bool(events) and events[0][0] <= limit
+
+    def _fetch(self, reference: VirtualReference) -> Any:
+        """Brings a value to the driver."""
+        if reference.error is not None:
+            raise reference.error.open()
+        assert reference.message is not None
+        self.now = self._simulator.rooms[0].fetch(reference, self.now)
+        return reference.message.open()
+
+    def _waited(self, verb: str, begun: float) -> None:
+        timeline = self._simulator.timeline
+        if timeline is not None and self.now > begun:
+            timeline.add(self._lane, self._words[verb], begun, self.now)
+
+    def _made_remote(self, target: VirtualTarget, args: Any, kwargs: Any) -> Any:
+        """An actor is made, or a function called."""
+        self._begin("remote")
+        simulator, arguments = self._simulator, as_arguments(args, kwargs)
+        room = self._room(target)
+        name = target.name
+        if target.is_class:
+            name = f"{target.name} {self._made[target.name]}"
+            self._made[target.name] += 1
+        pace = self.cluster.stragglers.get(name, 1.0) / room.speed
+        actor = Actor(name, room, pace, self._timeline.number(name), target.target)
+        method = self._method(actor, target, "__init__" if target.is_class else "__call__")
+        if not target.is_class:  # as if by an actor that does one call
+            room.guests += 1
+            simulator.share(self.now, room)
+            call = Call(method, self._reference(), *arguments)
+            simulator.submit(self.now, call)
+            return call.reference
+        actor.birth = lambda: Call(method, self._reference(), *arguments)
+        simulator.settle_in(self.now, actor)
+        simulator.submit(self.now, actor.birth())
+        return VirtualActor(self, actor, target)
+
+    def _room(self, target: VirtualTarget) -> Room:
+        """The node that was asked for, or the one with fewest actors (or calls) for each core."""
+        rooms = self._simulator.rooms
+        if target.node is not None:
+            return rooms[target.node]
+        if target.is_class:
+            return min(rooms, key=lambda room: len(room.actors) / room.cores)
+        return min(rooms, key=lambda room: room.guests / room.cores)
+
+    def _method(self, actor: Actor, target: VirtualTarget, name: str) -> Method:
+        return target.method(actor, name, self._timeline.number(name), self.cluster)
+
+    def _call(self, method: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call leaves the driver."""
+        self._begin("remote")
+        reference = self._reference()
+        call = Call(method, reference, *as_arguments(args, kwargs))
+        self._simulator.submit(self.now, call)
+        return reference
+
+    def _work(self, call: Call) -> None:
+        """Does what a call says, on copies, and packs what comes out."""
+        actor, name = call.actor, call.method.name
+        if actor.error is not None and name != "__init__":
+            call.reference.error = actor.error
+            return
+        self._inside = f"{actor.name}.{name}"
+        where = f"{self._inside} at {call.finish:.6f} s of virtual time"
+        try:
+            args, kwargs = call.open()
+            result = None
+            if name == "__init__":
+                actor.instance, actor.error = actor.target(*args, **kwargs), None
+            else:
+                result = getattr(actor.instance, name)(*args, **kwargs)
+            call.reference.message = NOTHING if result is None else pack(result)
+        except Exception as error:
+            call.reference.error = pack_error(error, where)
+            if name == "__init__":
+                reason = f"{actor.name} died in its constructor: {error!r}"
+                actor.error = pack(ActorDiedError(reason))
+        finally:
+            self._inside = None
+
+    def _pretend(self, call: Call) -> None:
+        """Gives a hollow call its stand-in."""
+        stand_in = call.method.stand_in
+        if callable(stand_in):
+            args, kwargs = call.open()
+            stand_in = as_message(stand_in(*args, **kwargs))
+        call.reference.message = stand_in
+
+    def _was_made(self, name: str) -> bool:
+        kind, _, number = name.rpartition(" ")
+        return int(number) < self._made[kind]

@@ -1,0 +1,240 @@
+"""One contract, two runtimes: what a system may rely on holds on Ray and on the virtual clock."""
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rlbook.plumbing.cluster import Cluster, Crash, Node, usable_cores
+from rlbook.plumbing.runtime import ActorDiedError, RayRuntime, Runtime
+from rlbook.plumbing.virtual import VirtualRuntime
+
+NAP = {"nap": lambda seconds: seconds}
+FRESH = 100.0
+"""Long enough for anything but a call that is never to end."""
+
+
+def counting_class() -> type:
+    """A class made here travels to Ray's workers by value: they cannot import a test."""
+
+    class Counter:
+        """Counts, keeps an array, and gives back what it gets."""
+
+        def __init__(self, start: int = 0, *, step: int = 1) -> None:
+            if start < 0:
+                raise ValueError(f"a start of {start}")
+            self.count, self.step = start, step
+            self.array = np.zeros(3)
+
+        def add(self, amount: int = 1) -> int:
+            self.count += amount * self.step
+            return self.count
+
+        def fill(self) -> np.ndarray:
+            self.array += 1
+            return self.array
+
+        def write(self, array: np.ndarray) -> None:
+            array += 1
+
+        def same(self, *values: Any, **named: Any) -> Any:
+            return values, named
+
+        def kinds(self, *values: Any, **named: Any) -> list[str]:
+            return [type(value).__name__ for value in (*values, *named.values())]
+
+        def nap(self, seconds: float) -> float:
+            time.sleep(seconds)
+            return seconds
+
+        def fail(self) -> None:
+            raise KeyError("on purpose")
+
+        def pid(self) -> int:
+            return os.getpid()
+
+    return Counter
+
+
+@pytest.fixture(scope="module")
+def ray_runtime() -> Iterator[RayRuntime]:
+    with RayRuntime(num_cpus=2) as runtime:
+        yield runtime
+
+
+@pytest.fixture(params=["ray", "virtual"])
+def runtime(request: pytest.FixtureRequest) -> Runtime:
+    if request.param == "ray":
+        return request.getfixturevalue("ray_runtime")
+    crash = Crash("Doomed 0", at_s=1.0, restart_s=0.5)
+    return VirtualRuntime(1, Cluster(nodes=(Node(cores=2), Node(cores=4)), crashes=(crash,)))
+
+
+@pytest.fixture
+def counter(runtime: Runtime) -> Callable[..., Any]:
+    """Makes actors."""
+    return runtime.remote(counting_class(), costs=NAP, num_cpus=0).remote
+
+
+def test_calls_of_an_actor_run_in_order(runtime: Runtime, counter: Callable[..., Any]) -> None:
+    first, second = counter(), counter(100, step=-1)
+    sums = [first.add.remote(amount) for amount in (1, 10, 100)]
+    assert runtime.get(second.add.remote()) == 99
+    assert runtime.get(sums) == [1, 11, 111]
+    assert runtime.get([]) == []
+    # A call that waits for its argument holds up those behind it.
+    late = second.nap.remote(0.2)
+    assert runtime.get([first.same.remote(late), first.add.remote()])[1] == 112
+
+
+def test_references_arrive_as_values_at_the_top_only(
+    runtime: Runtime, counter: Callable[..., Any]
+) -> None:
+    one, other = counter(), counter(5)
+    put, made = runtime.put([1, 2]), one.add.remote()
+    assert runtime.get(other.same.remote(put, made, name=put)) == (([1, 2], 1), {"name": [1, 2]})
+    nested, top = runtime.get([other.same.remote([made]), other.kinds.remote([made], {}, x=made)])
+    assert top == ["list", "dict", "int"]
+    assert runtime.get(nested[0][0]) == [1]  # inside a value it is still a reference, to the same
+    square = runtime.remote(lambda x: x * x, num_cpus=0)
+    assert runtime.get(square.remote(square.remote(3))) == 3**2**2
+
+
+def test_values_are_copied_when_they_are_handed_over(
+    runtime: Runtime, counter: Callable[..., Any]
+) -> None:
+    one = counter()
+    before, after = runtime.get([one.fill.remote(), one.fill.remote()])
+    assert before.tolist() == [1, 1, 1] and after.tolist() == [2, 2, 2]
+    mine = np.zeros(2)
+    put, sent = runtime.put(mine), one.same.remote(mine)
+    mine += 1
+    assert runtime.get(put).tolist() == [0, 0]
+    assert runtime.get(sent)[0][0].tolist() == [0, 0]
+    with pytest.raises(ValueError, match="read-only"):
+        runtime.get(put)[:] = 1
+    with pytest.raises(ValueError, match="read-only"):
+        runtime.get(one.write.remote(mine))
+    tensors = {"plain": torch.arange(6.0).view(2, 3).t(), "bf16": torch.ones(2).bfloat16()}
+    (copy,), _ = runtime.get(one.same.remote(tensors))
+    copy["plain"] += 1
+    assert torch.equal(copy["plain"], tensors["plain"] + 1)
+    assert torch.equal(copy["bf16"], tensors["bf16"]) and copy["bf16"].dtype == torch.bfloat16
+
+
+def test_exceptions_come_back_as_themselves(runtime: Runtime, counter: Callable[..., Any]) -> None:
+    one = counter()
+    failed = one.fail.remote()
+    for reference in (failed, one.same.remote(failed), counter().same.remote(failed)):
+        with pytest.raises(KeyError, match="on purpose"):
+            runtime.get(reference)
+    assert runtime.wait([failed]) == ([failed], [])
+    assert runtime.get(one.add.remote()) == 1  # the actor lives
+    with pytest.raises(AttributeError, match="nothing"):
+        one.nothing.remote()
+    with pytest.raises(TypeError):
+        runtime.get(one.pid.remote(3))
+    stillborn = counter(-1)
+    for _ in range(2):
+        with pytest.raises(ActorDiedError, match="a start of -1"):
+            runtime.get(stillborn.add.remote())
+
+
+def test_wait(runtime: Runtime, counter: Callable[..., Any]) -> None:
+    one, other = counter(), counter()
+    runtime.get([one.add.remote(), other.add.remote()])
+    slow, fast, put = one.nap.remote(1.0), other.nap.remote(0.0), runtime.put(3)
+    assert runtime.wait([slow, fast]) == ([fast], [slow])
+    assert runtime.wait([slow, fast]) == ([fast], [slow])  # asked again, told again
+    assert runtime.wait([slow, put, fast], num_returns=2) == ([put, fast], [slow])
+    assert runtime.wait([slow], timeout=0.01) == ([], [slow])
+    assert runtime.wait({slow: 1, fast: 2})[0] == [fast]
+    done, pending = runtime.wait({slow, fast}, num_returns=2)
+    assert set(done) == {slow, fast} and list(pending) == []
+    assert runtime.wait([]) == ([], [])
+    for wrong in ({"num_returns": 0}, {"num_returns": 3}):
+        with pytest.raises(ValueError):
+            runtime.wait([slow, fast], **wrong)
+    with pytest.raises(ValueError):
+        runtime.wait([slow, slow], num_returns=2)
+
+
+def test_get_can_lose_patience(runtime: Runtime, counter: Callable[..., Any]) -> None:
+    one = counter()
+    slow = one.nap.remote(0.5)
+    with pytest.raises(TimeoutError):
+        runtime.get(slow, timeout=0.01)
+    assert runtime.get(slow) == 0.5
+    for nonsense in (3, [3]):
+        with pytest.raises((TypeError, ValueError)):
+            runtime.get(nonsense)
+
+
+def test_only_the_driver_uses_the_verbs(runtime: Runtime) -> None:
+    class Wrong:
+        def verb(self, name: str) -> None:
+            {"get": runtime.get, "wait": runtime.wait, "put": runtime.put}[name]([])
+
+        def call(self) -> None:
+            runtime.remote(abs).remote(-1)
+
+    for name in ("get", "wait", "put"):
+        with pytest.raises(RuntimeError, match="driver"):
+            runtime.get(runtime.remote(Wrong, num_cpus=0).remote().verb.remote(name))
+    with pytest.raises(RuntimeError, match="driver"):
+        runtime.get(runtime.remote(Wrong, num_cpus=0).remote().call.remote())
+    with pytest.raises(RuntimeError, match="driver"):
+        runtime.remote(counting_class(), num_cpus=0).remote(runtime)
+
+
+def test_a_crash_fails_what_was_asked_and_a_restart_begins_anew(runtime: Runtime) -> None:
+    doomed = type("Doomed", (counting_class(),), {})
+    actor = runtime.remote(doomed, costs=NAP, num_cpus=0, max_restarts=1).remote(40)
+    assert runtime.get([actor.add.remote(), actor.add.remote()]) == [41, 42]
+    pid = runtime.get(actor.pid.remote())
+    running, queued = actor.nap.remote(FRESH), actor.add.remote()
+    if isinstance(runtime, RayRuntime):
+        os.kill(pid, signal.SIGKILL)
+    for reference in (running, queued):
+        with pytest.raises(ActorDiedError):
+            runtime.get(reference, timeout=FRESH)
+    for _ in range(10_000):  # calls fail until it is up again
+        try:
+            assert runtime.get(actor.add.remote()) == 41
+            break
+        except ActorDiedError:
+            continue
+    else:
+        pytest.fail("it never came up again")
+
+
+def test_the_timeline_knows_who_worked_and_who_waited(
+    runtime: Runtime, counter: Callable[..., Any]
+) -> None:
+    one = counter()
+    started = runtime.now
+    assert runtime.get([one.nap.remote(0.3), one.nap.remote(0.2)]) == [0.3, 0.2]
+    waited = runtime.now - started
+    spans = [span for span in runtime.timeline() if span.start >= started]
+    naps = [span for span in spans if span.what == "nap"]
+    assert len(naps) == 2 and len({span.who for span in naps}) == 1
+    assert naps[0].who.startswith("Counter ") and naps[0].end <= naps[1].start
+    spent = runtime.timeline().totals(started)[naps[0].who]
+    assert 0.4 < spent.busy_s < waited
+    (get,) = [span for span in spans if span.who == "driver"]
+    assert get.what == "get" and get.waiting and 0.4 < get.end - get.start <= waited
+
+
+def test_messages_are_measured_on_ray(ray_runtime: RayRuntime) -> None:
+    """Figures of this machine, except the one that is given."""
+    cluster = Cluster.measure({}, runtime=ray_runtime, bandwidth=1.0)
+    assert cluster.bandwidth == 1.0 and cluster.nodes == (Node(cores=usable_cores()),)
+    assert 0 < cluster.driver_call_s < math.inf and 0 <= cluster.latency_s < math.inf
+    measured = Cluster.measure({}, runtime=ray_runtime, latency_s=0.0, driver_call_s=0.0)
+    assert 0 < measured.bandwidth < math.inf and measured.latency_s == 0.0
