@@ -1,5 +1,6 @@
 """Holds the whole test session, notebooks included, to leaving no Ray process behind."""
 
+import signal
 import time
 
 import psutil
@@ -18,6 +19,11 @@ def ray_pids() -> set[int]:
 
 
 BEFORE = ray_pids()
+
+
+def pytest_configure() -> None:
+    """Ctrl-C reaches the tests of it also where the shell runs us in the background, deaf to it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(trylast=True)
