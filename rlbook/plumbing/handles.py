@@ -8,31 +8,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rlbook.plumbing.cast import Actor, Method
 from rlbook.plumbing.cluster import Cluster, Work
-from rlbook.plumbing.wire import Message, VirtualReference, pack
+from rlbook.plumbing.deeds import NOTHING, as_message
+from rlbook.plumbing.wire import VirtualReference, pack
 
 if TYPE_CHECKING:
     from rlbook.plumbing.virtual import VirtualRuntime
 
 Cost = Work | Callable[..., Work]
 """What a call takes: work, or a function of the call's arguments that says how much work."""
-NOTHING = pack(None)
-
-
-class StandIn(NamedTuple):
-    """What a hollow call returns: ``value``, as heavy on the wire as ``nbytes``."""
-
-    nbytes: int
-    value: Any = None
-
-    def message(self) -> Message:
-        """The value as a message of that size."""
-        if self.nbytes < 0:
-            raise ValueError(f"nbytes: must be 0 or more, got {self.nbytes}")
-        return pack(self.value)._replace(nbytes=self.nbytes)
 
 
 class VirtualTarget:
@@ -114,6 +101,30 @@ class VirtualMethod:
         """Calls it; returns at once."""
         return self._runtime._call(self._method, args, kwargs)
 
+    def options(self, *, num_returns: int = 1, **_: Any) -> VirtualMethod | VirtualMethods:
+        """The method, of ``num_returns`` results: of more than one, a call returns a list of so
+        many references. The method must return so many values; else each gets a ``ValueError``.
+        Ray's other options are accepted and mean nothing here.
+        """
+        if num_returns < 1:
+            raise ValueError(f"num_returns: must be at least 1, got {num_returns}")
+        if num_returns == 1:
+            return self
+        return VirtualMethods(self._runtime, self._method, num_returns)
+
+
+class VirtualMethods:
+    """A method of several results."""
+
+    __slots__ = ("_method", "_num_returns", "_runtime")
+
+    def __init__(self, runtime: VirtualRuntime, method: Method, num_returns: int) -> None:
+        self._runtime, self._method, self._num_returns = runtime, method, num_returns
+
+    def remote(self, *args: Any, **kwargs: Any) -> list[VirtualReference]:
+        """Calls it; returns a reference to each result, at once."""
+        return self._runtime._call_many(self._method, self._num_returns, args, kwargs)
+
 
 class Pending(Sequence[VirtualReference]):
     """Those of a collection that :meth:`VirtualRuntime.wait` has not returned: a live view, made
@@ -149,11 +160,6 @@ def split(references: Sequence[Any], found: list[Any]) -> tuple[list[Any], list[
     chosen = set(found)
     found = [reference for reference in references if reference in chosen]
     return found, [reference for reference in references if reference not in chosen]
-
-
-def as_message(value: Any) -> Message:
-    """What a hollow call returns, on the wire."""
-    return value.message() if isinstance(value, StandIn) else pack(value)
 
 
 def as_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:

@@ -25,7 +25,7 @@ from rlbook.plumbing.cast import Actor, Call, Room
 from rlbook.plumbing.cluster import Cluster, Crash
 from rlbook.plumbing.runtime import ActorDiedError
 from rlbook.plumbing.timeline import Timeline
-from rlbook.plumbing.wire import Message, VirtualReference, pack
+from rlbook.plumbing.wire import Bundle, Message, VirtualReference, pack
 
 Event = tuple[float, int, Callable[[float, Any], None], Any]
 
@@ -61,6 +61,10 @@ class Simulator:
 
     def settle(self, at: float, reference: VirtualReference) -> None:
         """The driver learns that a call is over, and sends the calls that waited for that."""
+        if type(reference) is Bundle:
+            for part in reference.split():
+                self.settle(at, part)
+            return
         reference.at = at
         self.ready.append(reference)
         if reference.callers is not None:

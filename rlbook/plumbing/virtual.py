@@ -28,20 +28,17 @@ from typing import Any, NoReturn, Self
 
 from rlbook.plumbing.cast import Actor, Call, Method, Room
 from rlbook.plumbing.cluster import Cluster
+from rlbook.plumbing.deeds import StandIn, pretend, work
 from rlbook.plumbing.handles import (
-    NOTHING,
     Pending,
-    StandIn,
     VirtualActor,
     VirtualTarget,
     as_arguments,
-    as_message,
     split,
 )
-from rlbook.plumbing.runtime import ActorDiedError
 from rlbook.plumbing.simulator import Simulator
 from rlbook.plumbing.timeline import DRIVER, Timeline
-from rlbook.plumbing.wire import VirtualReference, pack, pack_error
+from rlbook.plumbing.wire import Bundle, VirtualReference, pack
 
 __all__ = ["StandIn", "VirtualReference", "VirtualRuntime"]
 
@@ -64,8 +61,8 @@ class VirtualRuntime:
         self._timeline = Timeline()
         self._lane = self._timeline.number(DRIVER)
         self._words = {verb: self._timeline.number(verb) for verb in ("get", "wait")}
-        work = self._pretend if hollow else self._work
-        self._simulator = Simulator(seed, self.cluster, work, self._timeline)
+        perform = pretend if hollow else self._work
+        self._simulator = Simulator(seed, self.cluster, perform, self._timeline)
         if not trace:
             self._simulator.timeline = None
         self._made: Counter[str] = Counter()
@@ -297,37 +294,22 @@ class VirtualRuntime:
         self._simulator.submit(self.now, call)
         return reference
 
+    def _call_many(
+        self, method: Method, num_returns: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[VirtualReference]:
+        """A call of several results leaves the driver."""
+        self._begin("remote")
+        bundle = Bundle([self._reference() for _ in range(num_returns)])
+        self._simulator.submit(self.now, Call(method, bundle, *as_arguments(args, kwargs)))
+        return bundle.parts
+
     def _work(self, call: Call) -> None:
-        """Does what a call says, on copies, and packs what comes out."""
-        actor, name = call.actor, call.method.name
-        if actor.error is not None and name != "__init__":
-            call.reference.error = actor.error
-            return
-        self._inside = f"{actor.name}.{name}"
-        where = f"{self._inside} at {call.finish:.6f} s of virtual time"
+        """Does what a call says; it finds out who calls a verb there."""
+        self._inside = f"{call.actor.name}.{call.method.name}"
         try:
-            args, kwargs = call.open()
-            result = None
-            if name == "__init__":
-                actor.instance, actor.error = actor.target(*args, **kwargs), None
-            else:
-                result = getattr(actor.instance, name)(*args, **kwargs)
-            call.reference.message = NOTHING if result is None else pack(result)
-        except Exception as error:
-            call.reference.error = pack_error(error, where)
-            if name == "__init__":
-                reason = f"{actor.name} died in its constructor: {error!r}"
-                actor.error = pack(ActorDiedError(reason))
+            work(call)
         finally:
             self._inside = None
-
-    def _pretend(self, call: Call) -> None:
-        """Gives a hollow call its stand-in."""
-        stand_in = call.method.stand_in
-        if callable(stand_in):
-            args, kwargs = call.open()
-            stand_in = as_message(stand_in(*args, **kwargs))
-        call.reference.message = stand_in
 
     def _was_made(self, name: str) -> bool:
         kind, _, number = name.rpartition(" ")

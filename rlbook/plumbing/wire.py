@@ -52,6 +52,36 @@ class VirtualReference:
         return f"VirtualReference({self.number}, {state})"
 
 
+class Bundle(VirtualReference):
+    """What a call of several results answers with; the driver holds its ``parts`` alone."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self, parts: list[VirtualReference]) -> None:
+        super().__init__(parts[0].number)
+        self.parts = parts
+
+    def fill(self, values: Any, as_message: Callable[[Any], Message]) -> None:
+        """Gives each part its value. Raises ``ValueError`` if there are more values, or fewer, and
+        ``TypeError`` if there is but one thing.
+        """
+        values = values if hasattr(values, "__len__") else list(values)
+        if len(values) != len(self.parts):
+            raise ValueError(
+                f"the call returned {len(values)} values, but num_returns={len(self.parts)}"
+            )
+        messages = [as_message(value) for value in values]
+        for part, message in zip(self.parts, messages, strict=True):
+            part.message = message
+
+    def split(self) -> list[VirtualReference]:
+        """The parts, when the call is over: an error in its value's place goes to each."""
+        if self.error is not None:
+            for part in self.parts:
+                part.error = self.error
+        return self.parts
+
+
 class Message(NamedTuple):
     """A value on its way."""
 

@@ -53,6 +53,10 @@ def counting_class() -> type:
             time.sleep(seconds)
             return seconds
 
+        def several(self, count: int) -> Any:
+            self.count += 1
+            return tuple([n] * (n + self.count) for n in range(count))
+
         def fail(self) -> None:
             raise KeyError("on purpose")
 
@@ -146,6 +150,38 @@ def test_exceptions_come_back_as_themselves(runtime: Runtime, counter: Callable[
             runtime.get(stillborn.add.remote())
 
 
+def test_a_call_of_several_results(runtime: Runtime, counter: Callable[..., Any]) -> None:
+    one, other = counter(), counter()
+    alone = one.several.options(num_returns=1).remote(2)
+    assert runtime.get(alone) == ([0] * 1, [1] * 2)  # one result: the value itself
+    few, many = one.several.options(num_returns=2).remote(2)
+    assert runtime.get(other.same.remote(many, few)) == (([1] * 3, [0] * 2), {})
+    assert runtime.get([many, few]) == [[1] * 3, [0] * 2]  # the method ran once
+    assert runtime.get(one.several.options(num_returns=3).remote(3))[2] == [2] * 5
+    slow = other.nap.remote(0.5)
+    late = one.same.options(num_returns=2).remote(slow, 1)
+    assert runtime.wait([late[1], slow]) == ([slow], [late[1]])
+    done, pending = runtime.wait(late, num_returns=2)
+    assert done == late and list(pending) == []
+    for count in (1, 3):
+        wrong = one.several.options(num_returns=2).remote(count)
+        assert len(wrong) == 2
+        for reference in wrong:
+            with pytest.raises(ValueError, match=f"{count}.*num_returns=2"):
+                runtime.get(reference)
+    for reference in one.add.options(num_returns=2).remote():
+        with pytest.raises(TypeError):
+            runtime.get(reference)
+    for reference in one.fail.options(num_returns=2).remote():
+        with pytest.raises(KeyError, match="on purpose"):
+            runtime.get(other.same.remote(reference))
+    for reference in counter(-1).same.options(num_returns=2).remote(1, 2):
+        with pytest.raises(ActorDiedError):
+            runtime.get(reference)
+    with pytest.raises(ValueError, match="num_returns"):
+        one.several.options(num_returns=-1)
+
+
 def test_wait(runtime: Runtime, counter: Callable[..., Any]) -> None:
     one, other = counter(), counter()
     runtime.get([one.add.remote(), other.add.remote()])
@@ -199,9 +235,10 @@ def test_a_crash_fails_what_was_asked_and_a_restart_begins_anew(runtime: Runtime
     assert runtime.get([actor.add.remote(), actor.add.remote()]) == [41, 42]
     pid = runtime.get(actor.pid.remote())
     running, queued = actor.nap.remote(FRESH), actor.add.remote()
+    queued_too = actor.several.options(num_returns=2).remote(2)
     if isinstance(runtime, RayRuntime):
         os.kill(pid, signal.SIGKILL)
-    for reference in (running, queued):
+    for reference in (running, queued, *queued_too):
         with pytest.raises(ActorDiedError):
             runtime.get(reference, timeout=FRESH)
     for _ in range(10_000):  # calls fail until it is up again

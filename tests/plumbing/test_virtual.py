@@ -39,6 +39,9 @@ class Worker:
     def array(self, size: int) -> np.ndarray:
         return np.zeros(size)
 
+    def arrays(self, *sizes: int) -> list[np.ndarray]:
+        return [np.zeros(size) for size in sizes]
+
 
 BY_FIRST = {"work": lambda seconds, *_: seconds}
 """Work takes the seconds that its first argument says."""
@@ -214,6 +217,26 @@ def test_two_values_for_one_node_queue_on_its_wire() -> None:
     runtime.wait(read, num_returns=2)
     over = made[0].nbytes / bandwidth
     assert [start for _, start, _ in worked(runtime)] == [asked + L + over, asked + L + 2 * over]
+
+
+@pytest.mark.parametrize("hollow", [False, True])
+def test_each_of_several_results_travels_alone(hollow: bool) -> None:
+    bandwidth = 2.0**20
+    runtime = VirtualRuntime(1, cluster(8, 8, bandwidth=bandwidth), hollow=hollow)
+    costs, sizes = {"arrays": 1.0}, (2**14, 2**10)
+    weights = tuple(StandIn(runtime.put(np.zeros(size)).nbytes) for size in sizes)
+    returns = {"arrays": weights if hollow else None}
+    (maker,) = workers(runtime, 1, costs, node=0, returns=returns)
+    (reader,) = workers(runtime, 1, costs, node=1)
+    before, begun = runtime.nbytes, runtime.now
+    big, small = maker.arrays.options(num_returns=2).remote(*sizes)
+    read = reader.work.remote(small)
+    by_value = runtime.nbytes - before  # the arguments
+    runtime.wait([read])
+    assert [big.nbytes, small.nbytes] == [weight.nbytes for weight in weights]
+    assert runtime.nbytes - before - by_value == small.nbytes  # the big one stays
+    assert big.at == small.at and big.at >= begun + L + 1 + L
+    assert len([span for span in runtime.timeline() if span.what == "arrays"]) == 1
 
 
 def test_a_call_leaves_when_its_argument_exists() -> None:
@@ -570,6 +593,15 @@ def test_hollow_calls_return_their_stand_ins() -> None:
     assert heavy.nbytes == 10**9
     silent = runtime.remote(Worker).remote()
     assert runtime.get(silent.work.remote()) is None
+    assert runtime.get(silent.work.options(num_returns=2).remote()) == [None, None]
+    several = {"work": lambda a: (a, StandIn(10**9, "heavy")), "array": (1, 2)}
+    worker = runtime.remote(Worker, returns=several).remote()
+    light, heavy = worker.work.options(num_returns=2).remote(7)
+    assert runtime.get([light, heavy]) == [7, "heavy"]
+    assert (light.nbytes, heavy.nbytes) == (5, 10**9)
+    assert runtime.get(worker.array.options(num_returns=2).remote()) == [1, 2]
+    with pytest.raises(ValueError, match="num_returns=3"):  # a wrong declaration, at once
+        runtime.get(worker.array.options(num_returns=3).remote()[0])
     function = runtime.remote(abs, costs=2.0, returns=7)
     assert runtime.get(function.remote(-1)) == 7
 
