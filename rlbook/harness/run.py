@@ -6,14 +6,15 @@
             run.record(env_steps=..., learner_steps=..., episodes=..., metrics=...)
     return run.result()
 
-The clock counts training alone: it stands still during evaluations and checkpoints.
+The clock counts training alone: it stands still during evaluations and checkpoints. It is the
+wall's, or a runtime's (`clock=lambda: runtime.now`): then a run on a virtual cluster takes virtual
+seconds and saves at the same virtual moments every time.
 """
 
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from rlbook.harness.config import refuse_changes
 from rlbook.harness.evaluate import Policy, evaluate
 from rlbook.harness.interrupt import Interrupts
 from rlbook.harness.log import Progress, RunLog
+from rlbook.harness.measures import Stopwatch, Window, mean
 from rlbook.harness.result import (
     Result,
     columns,
@@ -55,34 +57,42 @@ class Run:
         config: its settings; `run_dir`, `resume` and `stop_at_return` are acted on here.
         policy: what is evaluated (acts with the parameters as they are at the moment).
         parts: name → object with `state_dict` and `load_state_dict`: all that a checkpoint holds.
+        clock: returns seconds; the wall's clock by default.
+        checkpoints: "regular": `record` saves when `checkpoint_every_s` have passed. "asked": it
+            never does; for systems that first let what is in flight arrive:
+            `if run.checkpoint_due(): ...; run.checkpoint()`.
 
     Raises:
         ValueError: the run folder exists, or the run to be resumed does not fit.
     """
 
     def __init__(
-        self, system: str, config: Any, policy: Policy, parts: Mapping[str, Any] | None = None
+        self,
+        system: str,
+        config: Any,
+        policy: Policy,
+        parts: Mapping[str, Any] | None = None,
+        clock: Callable[[], float] | None = None,
+        checkpoints: Literal["regular", "asked"] = "regular",
     ) -> None:
         self.system, self.config, self.policy = system, config, policy
         self.parts = dict(parts or {})
         self.env_steps = self.learner_steps = self.episodes = self.evaluations = 0
         self.stopped_because: str | None = None
         self.evaluation_return_mean: float | None = None
-        self.evaluation_time_s = self._spent_s = 0.0
-        window = max(CONFIRMING_EPISODES, 2 * getattr(config, "num_envs", 1))
-        self._returns: deque[float] = deque(maxlen=window)
-        self._lengths: deque[int] = deque(maxlen=window)
-        self._metrics: dict[str, float] = {}
+        self.evaluation_time_s = 0.0
+        self._window = Window(max(CONFIRMING_EPISODES, 2 * getattr(config, "num_envs", 1)))
         self._sums: dict[str, list[float]] = {}
         self._next_row = getattr(config, "log_every_env_steps", 1)
-        self._clock: float | None = None
+        self._watch = Stopwatch(clock or time.perf_counter)
+        self._checkpoints = checkpoints
         self._interrupts = Interrupts()
         self.extra: dict[str, Any] = {}
         self._kept_rows: int | None = None
         self.run_dir = self._open_folder()
         self._log = RunLog(self.run_dir, self._kept_rows)
         self._progress = Progress(f"{system} {config.env_id}", self._total(), config.progress)
-        self._saved_at = time.perf_counter()
+        self._saved_at_s = self.wall_time_s()
 
     def __enter__(self) -> Self:
         """From here on Ctrl-C ends the run at the end of a turn; the clock does not run yet."""
@@ -91,7 +101,7 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> bool:
         """Saves and closes. An interrupt (Ctrl-C) ends the run in good order; errors go on."""
-        self._stop_clock()
+        self._watch.stop()
         self._interrupts.stop()
         interrupted = kind is KeyboardInterrupt
         if interrupted:
@@ -118,8 +128,7 @@ class Run:
             self.stopped_because = "total_env_steps"
         if self.stopped_because is not None:
             return False
-        if self._clock is None:
-            self._clock = time.perf_counter()
+        self._watch.start()
         return True
 
     def record(
@@ -140,53 +149,40 @@ class Run:
         """
         self.env_steps += env_steps
         self.learner_steps += learner_steps
-        for episode in episodes or ():
-            self.episodes += 1
-            self._returns.append(episode.episode_return)
-            self._lengths.append(episode.length)
+        self.episodes += len(episodes or ())
+        self._window.add(episodes or ())
         for name, value in (metrics or {}).items():
             self._sums.setdefault(name, []).append(value)
         if self.env_steps >= self._next_row:
             every = self.config.log_every_env_steps
             self._next_row = (self.env_steps // every + 1) * every
             self._add_row()
-        if episodes and self._may_be_solved():
+        if episodes and self._window.reaches(getattr(self.config, "stop_at_return", None)):
             self._confirm()
-        due = getattr(self.config, "checkpoint_every_s", 60.0)
-        if self.run_dir is not None and time.perf_counter() - self._saved_at >= due:
+        if self._checkpoints == "regular" and self.checkpoint_due():
             self.checkpoint()
 
     def wall_time_s(self) -> float:
         """Seconds of training so far, without evaluations and checkpoints."""
-        running = 0.0 if self._clock is None else time.perf_counter() - self._clock
-        return self._spent_s + running
+        return self._watch.seconds()
+
+    def checkpoint_due(self) -> bool:
+        """True when `checkpoint_every_s` seconds of training have passed since the last one.
+
+        Without a run folder too: a run is to be the same whether it is kept or not.
+        """
+        due = getattr(self.config, "checkpoint_every_s", 60.0)
+        return self.wall_time_s() - self._saved_at_s >= due
 
     def checkpoint(self) -> None:
-        """Writes the checkpoint, with a run folder.
+        """Writes the checkpoint, with a run folder; the clock stands still meanwhile.
 
         OSError if it cannot be written (a full disk): the last one stays.
         """
-        if self.run_dir is None:
-            return
-        was_running = self._clock is not None
-        self._stop_clock()
-        counters = {name: getattr(self, name) for name in COUNTERS}
-        state = {
-            "system": self.system,
-            "counters": counters,
-            "returns": list(self._returns),
-            "lengths": list(self._lengths),
-            "sums": self._sums,
-            "next_row": self._next_row,
-            "spent_s": self._spent_s,
-            "rows": len(self._log.rows),
-            "extra": self.extra,
-            "parts": {name: part.state_dict() for name, part in self.parts.items()},
-        }
-        save_checkpoint(self.run_dir / "checkpoint.npz", state)
-        self._saved_at = time.perf_counter()
-        if was_running:
-            self._clock = self._saved_at
+        with self._watch.paused():
+            self._saved_at_s = self.wall_time_s()
+            if self.run_dir is not None:
+                save_checkpoint(self.run_dir / "checkpoint.npz", self._state())
 
     def result(self) -> Result:
         """What the run came to."""
@@ -219,6 +215,22 @@ class Run:
             "stopped_because": self.stopped_because,
         }
 
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        counters = {name: getattr(self, name) for name in COUNTERS}
+        return {
+            "system": self.system,
+            "counters": counters,
+            "returns": list(self._window.returns),
+            "lengths": list(self._window.lengths),
+            "sums": self._sums,
+            "next_row": self._next_row,
+            "spent_s": self.wall_time_s(),
+            "rows": len(self._log.rows),
+            "extra": self.extra,
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+        }
+
     def _counts(self) -> dict[str, Any]:
         seconds = self.wall_time_s()
         return {
@@ -227,46 +239,35 @@ class Run:
             "wall_time_s": seconds,
             "env_steps_per_s": self.env_steps / seconds if seconds else 0.0,
             "episodes": self.episodes,
-            "episode_return_mean": _mean(self._returns),
-            "episode_length_mean": _mean(self._lengths),
+            **self._window.means(),
         }
 
     def _total(self) -> int:
         return int(getattr(self.config, "total_env_steps", 1))
 
-    def _stop_clock(self) -> None:
-        self._spent_s, self._clock = self.wall_time_s(), None
-
     def _add_row(self) -> None:
         row = self._counts()
-        row.update({name: _mean(values) for name, values in self._sums.items()})
+        row.update({name: mean(values) for name, values in self._sums.items()})
         self._sums = {}
         self._log.add(row)
         shown = {"return": row["episode_return_mean"] or 0.0, "steps/s": row["env_steps_per_s"]}
         self._progress.update(self.env_steps, **shown)
 
-    def _may_be_solved(self) -> bool:
-        goal = getattr(self.config, "stop_at_return", None)
-        full = len(self._returns) == self._returns.maxlen
-        return goal is not None and full and _mean(self._returns) >= goal
-
     def _confirm(self) -> None:
         """100 fresh episodes must average the goal too; if not, a new window begins."""
-        self._stop_clock()
-        begun = time.perf_counter()
         self.evaluations += 1
         seed = 1_000_000 + 1_000 * self.config.seed + self.evaluations
-        evaluation = evaluate(
-            self.policy, self.config.env_id, episodes=CONFIRMING_EPISODES, seed=seed
-        )
-        self.evaluation_time_s += time.perf_counter() - begun
+        with self._watch.paused():
+            begun = self._watch.now()
+            evaluation = evaluate(
+                self.policy, self.config.env_id, episodes=CONFIRMING_EPISODES, seed=seed
+            )
+            self.evaluation_time_s += self._watch.now() - begun
         if evaluation.mean >= self.config.stop_at_return:
             self.evaluation_return_mean = evaluation.mean
             self.stopped_because = "solved"
         else:
-            self._returns.clear()
-            self._lengths.clear()
-        self._clock = time.perf_counter()
+            self._window.clear()
 
     def _open_folder(self) -> Path | None:
         """Makes the run folder, or opens the one to resume and puts its state back."""
@@ -304,17 +305,11 @@ class Run:
             part.load_state_dict(state["parts"][name])
         for name in COUNTERS:
             setattr(self, name, state["counters"][name])
-        self._returns.extend(state["returns"])
-        self._lengths.extend(state["lengths"])
+        self._window.returns.extend(state["returns"])
+        self._window.lengths.extend(state["lengths"])
         self._sums, self._next_row = state["sums"], state["next_row"]
-        self._spent_s, self.extra = state["spent_s"], state["extra"]
+        self._watch, self.extra = Stopwatch(self._watch.now, state["spent_s"]), state["extra"]
         self._kept_rows = state["rows"]
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    """The mean, or None where there is none (nothing to average, or no finite number)."""
-    mean = float(np.mean(list(values))) if values else np.nan
-    return mean if np.isfinite(mean) else None
 
 
 __all__ = ["Result", "Run", "load_config", "system_module", "versions"]

@@ -170,6 +170,79 @@ def test_checkpoints_are_written_every_so_many_seconds(clock, tmp_path):
     assert sorted(set(written)) == [3, 7, 11]
 
 
+class Virtual:
+    """A virtual clock, as a runtime has: it moves when calls are played."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+
+def on(runtime: Virtual, checkpoints: str = "regular", **settings) -> Run:
+    config = RunConfig(**{**CATCH, **settings})
+    parts = {"part": Part()}
+    return Run("ppo", config, Catcher(True), parts, lambda: runtime.now, checkpoints)
+
+
+def saved(folder) -> int | None:
+    """The number that the part held when the run was saved last."""
+    path = folder / "checkpoint.npz"
+    return load_checkpoint(path)["parts"]["part"]["number"] if path.exists() else None
+
+
+def test_a_virtual_clock_is_the_run_s_clock(clock, tmp_path):
+    """Seconds, rates and the moments of saving are virtual; the wall's clock says nothing."""
+    runtime, folder, seen = Virtual(), tmp_path / "run", []
+    with on(runtime, run_dir=str(folder), checkpoint_every_s=10.0, total_env_steps=12) as run:
+        runtime.now += 100.0  # before the first step: not counted
+        while run.running():
+            runtime.now += 3.0
+            clock.now += 1000.0
+            run.parts["part"].number = run.env_steps
+            run.record(env_steps=1)
+            seen.append(saved(folder))
+    assert seen == [None] * 3 + [3] * 4 + [7] * 4 + [11]
+    assert run.result().wall_time_s == 12 * 3.0
+    assert run.result().metrics["env_steps_per_s"] == 12 / 36.0
+
+
+def test_a_continued_run_saves_at_the_moments_of_the_whole_one(tmp_path):
+    def play(turns: int, **settings) -> list[float]:
+        runtime, moments = Virtual(), []
+        run = on(runtime, "asked", checkpoint_every_s=10.0, **settings)
+        with run:
+            runtime.now += 100.0
+            while run.running() and run.env_steps < turns:
+                runtime.now += 3.0
+                run.record(env_steps=1)
+                if run.checkpoint_due():
+                    moments.append(run.wall_time_s())
+                    run.checkpoint()
+        return moments
+
+    whole = play(20)
+    assert whole == [4 * 3.0, 8 * 3.0, 12 * 3.0, 16 * 3.0, 20 * 3.0]
+    folder = str(tmp_path / "run")
+    assert play(8, run_dir=folder) + play(20, resume=folder) == whole
+
+
+def test_a_run_that_saves_when_asked_never_saves_by_itself(tmp_path):
+    runtime, folder = Virtual(), tmp_path / "run"
+    with on(runtime, "asked", run_dir=str(folder), checkpoint_every_s=10.0) as run:
+        run.running()
+        due = []
+        for turn in range(6):
+            runtime.now += 4.0
+            run.parts["part"].number = turn
+            run.record(env_steps=1)
+            due.append(run.checkpoint_due())
+            assert saved(folder) is None
+        run.checkpoint()
+        assert due == [False, False, True, True, True, True]
+        assert saved(folder) == 5 and not run.checkpoint_due()
+        run.parts["part"].number = 6
+    assert saved(folder) == 6, "leaving the `with` saves"
+
+
 def test_rows_average_the_metrics_of_their_turns():
     with make(log_every_env_steps=10) as run:
         run.running()
