@@ -40,6 +40,7 @@ from rlbook.harness.run import Result, Run
 from rlbook.maths.losses import entropy_loss, policy_gradient_loss, value_loss
 from rlbook.maths.returns import discounted_returns, lambda_returns
 from rlbook.parts.envs import Envs, make_envs, require_discrete
+from rlbook.parts.flat import Flat
 from rlbook.parts.networks import ActorCritic, SamplingPolicy, sample_action
 from rlbook.parts.unroll import collect_unroll
 
@@ -208,17 +209,18 @@ class Learner:
     """Turns unrolls into updates of the network."""
 
     def __init__(self, network: ActorCritic, config: Config) -> None:
-        self.network, self.config = network, config
-        self.optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate, fused=True)
+        self.config, self.network = config, network
+        self.flat = Flat(network)  # one vector: one step of the optimiser instead of eight
+        self.optimizer = torch.optim.Adam([self.flat.vector], lr=config.learning_rate)
 
     def update(self, unroll: Unroll, valid: np.ndarray) -> dict[str, float]:
         """One step of gradient descent on the unroll's loss."""
         loss, metrics = loss_function(self.network, unroll, torch.from_numpy(valid), self.config)
-        self.optimizer.zero_grad()
+        self.flat.gradients.zero_()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.max_gradient_norm)
+        norm = self.flat.clip(self.config.max_gradient_norm)
         self.optimizer.step()
-        return {**{k: v.item() for k, v in metrics.items()}, "gradient_norm": norm.item()}
+        return {**{k: v.item() for k, v in metrics.items()}, "gradient_norm": norm}
 
     def state_dict(self) -> dict[str, Any]:
         """Parameters and optimiser."""

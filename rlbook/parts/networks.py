@@ -7,7 +7,7 @@
 How a network acts on numpy observations, and the policies for evaluation, are here too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -188,6 +188,24 @@ class SamplingPolicy:
     ) -> tuple[np.ndarray, None]:
         """One sampled action for each row."""
         return sample_action(self.network, observation, rng).action, None
+
+
+class LivePolicy(SamplingPolicy):
+    """A sampling policy whose parameters live in another process: fetched before each evaluation.
+
+    Args:
+        network: gives logits and values.
+        refresh: puts the newest parameters into `network`.
+    """
+
+    def __init__(self, network: ActorCritic, refresh: Callable[[], None]) -> None:
+        super().__init__(network)
+        self.refresh: Callable[[], None] | None = refresh
+
+    def initial_state(self, num_envs: int) -> None:
+        """No state; the newest parameters are fetched, as long as `refresh` is set."""
+        if self.refresh is not None:
+            self.refresh()
 
 
 class GreedyPolicy:

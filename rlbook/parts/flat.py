@@ -1,0 +1,40 @@
+"""All parameters of a network as one vector, and all gradients as another.
+
+    vector     [P]  │ weight 0 │ bias 0 │ weight 1 │ …     the network's parameters are views of it
+    gradients  [P]  │ its grad │  …                       backward() adds into it
+
+What travels, is split over servers, compressed or clipped is then a slice of one array. Views stay
+views as long as nobody replaces them: `zero_grad()` of PyTorch drops gradients, so zero the vector.
+"""
+
+import torch
+from torch import nn
+
+
+class Flat:
+    """The two vectors of a network, whose parameters and gradients become views of them.
+
+    Args:
+        network: its parameters must share one dtype and live on one device.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        parameters = list(network.parameters())
+        self.vector = torch.cat([p.detach().reshape(-1) for p in parameters])
+        """`[P]`, the parameters one after the other, in the order of `network.parameters()`."""
+        self.gradients = torch.zeros_like(self.vector)
+        """`[P]`, likewise."""
+        self.vector.grad = self.gradients
+        start = 0
+        for parameter in parameters:
+            end = start + parameter.numel()
+            parameter.data = self.vector[start:end].view(parameter.shape)
+            parameter.grad = self.gradients[start:end].view(parameter.shape)
+            start = end
+
+    def clip(self, max_norm: float) -> float:
+        """Scales the gradient down to Euclidean norm `max_norm`; returns its norm before."""
+        norm = torch.linalg.vector_norm(self.gradients).item()
+        if norm > max_norm:
+            self.gradients.mul_(max_norm / norm)
+        return norm
