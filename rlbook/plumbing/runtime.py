@@ -16,18 +16,18 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import subprocess
 import sys
 import time
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from types import TracebackType
 from typing import Any, NoReturn, Protocol, Self
 
 from rlbook.plumbing import watchdog
+from rlbook.plumbing.quiet import hush_deaths, is_death, quiet_ray
 from rlbook.plumbing.timeline import DRIVER, KEPT, Timeline, timed
 
 Reference = Any
@@ -111,9 +111,10 @@ class RayRuntime:
         self._made: Counter[str] = Counter()
         self._actors: dict[str, weakref.ref[Any]] = {}
         self._watchdog: subprocess.Popen[bytes] | None = None
+        self._unhush: Callable[[], None] = lambda: None
 
     def __enter__(self) -> Self:
-        ray = _quiet_ray()
+        ray = quiet_ray()
         if ray.is_initialized():
             raise RuntimeError(
                 "Ray already runs in this process: leave its `with` (or call ray.shutdown()) first"
@@ -131,6 +132,7 @@ class RayRuntime:
             }
         atexit.register(self.shutdown)
         self._running, self._entered_at = True, time.time()
+        self._unhush = hush_deaths()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -165,7 +167,10 @@ class RayRuntime:
 
         self._running = False
         atexit.unregister(self.shutdown)
-        ray.shutdown()
+        try:
+            ray.shutdown()
+        finally:
+            self._unhush()
         if self._watchdog is not None:
             self._watchdog.communicate(watchdog.ORDERLY)
             self._watchdog = None
@@ -218,8 +223,10 @@ class RayRuntime:
         begun = self.now
         try:
             return ray.get(references, timeout=timeout)
-        except ray.exceptions.RayActorError as error:
-            raise ActorDiedError(str(error)) from error
+        except ray.exceptions.RayError as error:
+            if is_death(error):
+                raise ActorDiedError(str(error)) from error
+            raise
         finally:
             self._waited("get", begun)
 
@@ -294,18 +301,6 @@ class _RayClass:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ray_class, name)
-
-
-def _quiet_ray() -> Any:
-    """Import Ray with its notices off; they would otherwise land in notebook cells."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # In a notebook Ray asks, while it is imported, for widgets that nobody needs here.
-    logging.getLogger("ray.widgets").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import ray
-    return ray
 
 
 def _start_watchdog() -> subprocess.Popen[bytes] | None:

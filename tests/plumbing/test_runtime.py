@@ -106,6 +106,59 @@ else:
 """
 
 
+KILLED = """
+import os, signal, time
+from rlbook.plumbing.runtime import ActorDiedError, RayRuntime
+
+class Worker:
+    def __init__(self, *needs):
+        pass
+    def nap(self, *needs):
+        time.sleep(1000)
+    def pid(self, *needs):
+        return os.getpid()
+    def fail(self):
+        raise KeyError("nobody asks")
+
+from ray._private import worker as ray_worker
+before = ray_worker.print_to_stdstream, ray_worker._unhandled_error_handler
+with RayRuntime(num_cpus=1) as runtime:
+    remote = runtime.remote(Worker, num_cpus=0)
+    one, other, third = [remote.remote() for _ in range(3)]
+    pid = runtime.get(one.pid.remote())
+    running, queued = one.nap.remote(), one.pid.remote()
+    depends = [other.pid.remote(running), remote.remote(1).pid.remote()]
+    third.pid.remote(other.pid.remote(running))  # and their references are dropped
+    os.kill(pid, signal.SIGKILL)
+    for reference in (running, queued, *depends, one.pid.remote()):
+        try:
+            runtime.get(reference)
+        except ActorDiedError:
+            pass
+    assert runtime.get([other.pid.remote(), third.pid.remote()]).count(pid) == 0
+    del depends, reference, running, queued
+    time.sleep(1.5)  # what Ray prints comes late
+    ray_worker.print_to_stdstream({"lines": ["memory"], "pid": "raylet", "is_err": False}, True)
+    other.fail.remote()
+    runtime.get(other.pid.remote())
+assert before == (ray_worker.print_to_stdstream, ray_worker._unhandled_error_handler)
+"""
+
+
+def test_a_killed_actor_is_no_news_on_the_screen():
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()  # other news is let through
+    assert line.endswith("memory")
+    assert done.stderr.count("Unhandled error") == 1 and "nobody asks" in done.stderr
+    assert "died" not in done.stderr
+
+
 WAYS = ("exception", "forgotten", "interrupt", "kill")
 
 
