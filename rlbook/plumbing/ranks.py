@@ -1,0 +1,243 @@
+"""Processes that compute together in lockstep: `torch.distributed` from a notebook.
+
+    with Ranks(4) as ranks:
+        answers = ranks.run(function, *arguments)              function(*arguments) on 4 ranks
+        answers = ranks.run(function, *arguments, size=2)      the same on the first two
+
+Ray's actors answer a driver; ranks talk to each other. Every rank runs the same function, knows its
+number (`torch.distributed.get_rank()`), and meets the others in collectives such as `all_reduce`.
+
+A rank is a fresh Python with one thread, so it costs seconds to start and then stays. Each run is
+a process group of its own (gloo, over the loopback interface, met through a file), so that a run
+leaves nothing to the next. What a rank prints is not shown. If one fails, all are ended and its
+traceback is raised here; if the driver vanishes, they end themselves.
+
+For POSIX systems.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, Self
+
+TIMEOUT_S = 120.0
+"""A run that takes longer has gone wrong."""
+
+
+class RankError(RuntimeError):
+    """A rank raised an exception or died; the message holds its traceback."""
+
+
+class _Job(NamedTuple):
+    rank: int
+    size: int
+    meeting: str
+    call: bytes
+    timeout_s: float
+
+
+class Ranks:
+    """``size`` processes that wait for functions to run together.
+
+    A function must be importable (of a package or module, not of a notebook's cell), its arguments
+    and result picklable. Raises ``ValueError`` for a size below 1.
+    """
+
+    def __init__(self, size: int) -> None:
+        if size < 1:
+            raise ValueError(f"size: must be at least 1, got {size}")
+        self.size = size
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._pipes: list[Connection] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._runs = 0
+
+    def __enter__(self) -> Self:
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
+        try:
+            for rank in range(self.size):
+                self._start(rank)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        size: int | None = None,
+        timeout_s: float = TIMEOUT_S,
+        **options: Any,
+    ) -> list[Any]:
+        """``function(*arguments, **options)`` on ranks 0 … ``size`` − 1 (all by default).
+
+        Returns their results in order of rank. Raises :class:`RankError` for the first that fails,
+        ``TimeoutError`` after ``timeout_s`` seconds; either ends all ranks.
+        """
+        size = self.size if size is None else size
+        if not 1 <= size <= self.size:
+            raise ValueError(f"size: must be between 1 and {self.size}, got {size}")
+        if self._folder is None:
+            raise RuntimeError("the ranks are not running: enter their `with` first")
+        if function.__module__ == "__main__":
+            raise ValueError(
+                f"{function.__qualname__}: must be importable by other processes; move it from the"
+                " notebook or script into a module"
+            )
+        self._runs += 1
+        meeting = str(Path(self._folder.name) / f"meeting-{self._runs}")
+        call = pickle.dumps((function, arguments, options))
+        try:
+            for rank, pipe in enumerate(self._pipes[:size]):
+                self._send(rank, pipe, _Job(rank, size, meeting, call, timeout_s))
+            return self._collect(size, time.monotonic() + timeout_s, timeout_s)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the processes. Calling it again does nothing."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait()
+        self._pipes, self._processes = [], []
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def _start(self, rank: int) -> None:
+        ours, theirs = Pipe()
+        self._pipes.append(ours)
+        with theirs, self._log(rank).open("wb") as log:
+            self._processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "rlbook.plumbing.ranks", str(theirs.fileno())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=(theirs.fileno(),),
+                    start_new_session=True,  # Ctrl-C is for the driver
+                    env={
+                        **os.environ,
+                        "OMP_NUM_THREADS": "1",
+                        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+                        "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path),
+                    },
+                )
+            )
+
+    def _log(self, rank: int) -> Path:
+        assert self._folder is not None
+        return Path(self._folder.name) / f"rank-{rank}.log"
+
+    def _send(self, rank: int, pipe: Connection, job: _Job) -> None:
+        try:
+            pipe.send(tuple(job))
+        except OSError:
+            self._died(rank)
+
+    def _collect(self, size: int, until: float, timeout_s: float) -> list[Any]:
+        """The answers of all, or the failure of the first that failed."""
+        waiting = {pipe: rank for rank, pipe in enumerate(self._pipes[:size])}
+        answers: dict[int, Any] = {}
+        while waiting:
+            ready = wait(list(waiting), max(0.0, until - time.monotonic()))
+            if not ready:
+                late = sorted(waiting.values())
+                raise TimeoutError(f"ranks {late} of {size} did not answer in {timeout_s:g} s")
+            failures: list[tuple[float, int, str]] = []
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank = waiting.pop(pipe)
+                try:
+                    failed_at, answer = pickle.loads(pipe.recv_bytes())
+                except (EOFError, OSError):
+                    self._died(rank)
+                if failed_at is None:
+                    answers[rank] = answer
+                else:
+                    failures.append((failed_at, rank, answer))
+            if failures:  # one that fails takes others along: blame the earliest
+                time.sleep(0.05)
+                for rank in waiting.values():
+                    if self._processes[rank].poll() is not None:
+                        self._died(rank)
+                _, rank, text = min(failures)
+                raise RankError(f"rank {rank} of {size} failed:\n{text}")
+        return [answers[rank] for rank in range(size)]
+
+    def _died(self, rank: int) -> NoReturn:
+        code = self._processes[rank].wait()
+        last = self._log(rank).read_text(errors="replace")[-2000:]
+        raise RankError(f"rank {rank} died (exit code {code})\n{last}".rstrip())
+
+
+def on_ranks(
+    size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = TIMEOUT_S
+) -> list[Any]:
+    """``function(*arguments)`` once on ``size`` fresh ranks; see :meth:`Ranks.run`."""
+    with Ranks(size) as ranks:
+        return ranks.run(function, *arguments, timeout_s=timeout_s)
+
+
+def _serve(pipe: Connection) -> None:
+    """A rank's life: take a job, meet the others, work, answer. Ends with the driver."""
+    jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+
+    def listen() -> None:
+        try:
+            while True:
+                jobs.put(_Job(*pipe.recv()))
+        except (EOFError, OSError):
+            os._exit(0)  # also out of a collective that nobody will ever complete
+
+    threading.Thread(target=listen, daemon=True).start()
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        job = jobs.get()
+        try:
+            answer = pickle.dumps((None, _work(job)))
+        except Exception:
+            answer = pickle.dumps((time.time(), traceback.format_exc()))
+        pipe.send_bytes(answer)
+
+
+def _work(job: _Job) -> Any:
+    from torch import distributed
+
+    function, arguments, options = pickle.loads(job.call)
+    distributed.init_process_group(
+        "gloo",
+        init_method=Path(job.meeting).as_uri(),
+        rank=job.rank,
+        world_size=job.size,
+        timeout=timedelta(seconds=job.timeout_s),
+    )
+    answer = function(*arguments, **options)
+    distributed.destroy_process_group()
+    return answer  # after a failure nothing is tidied: this process will not be used again
+
+
+if __name__ == "__main__":
+    _serve(Connection(int(sys.argv[1])))
