@@ -169,6 +169,8 @@ FAMILY = {
     "02_td": Box(4.4, 0.0, "02 TD\nsamples, tables"),
     "03_dqn": Box(8.8, 1.6, "03 DQN\n2013–15"),
     "04_policy_gradient": Box(8.8, -1.6, "04 policy gradient\nA2C, PPO"),
+    "05_parallelism": Box(4.4, -3.2, "05 parallelism\nRay, virtual cluster", width=3.6),
+    "06_parameter_server": Box(13.2, -3.2, "06 parameter server\n2012–14", width=3.6),
 }
 """The systems that the book has so far, by chapter."""
 
@@ -176,6 +178,8 @@ DESCENT = [
     Arrow("01_mdp", "02_td"),
     Arrow("02_td", "03_dqn"),
     Arrow("02_td", "04_policy_gradient"),
+    Arrow("04_policy_gradient", "06_parameter_server"),
+    Arrow("05_parallelism", "06_parameter_server"),
 ]
 
 
