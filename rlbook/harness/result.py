@@ -15,9 +15,13 @@ from rlbook.harness.checkpoint import load_checkpoint
 from rlbook.harness.config import BaseConfig, config_from_json, config_to_json
 from rlbook.harness.evaluate import Evaluation, Policy, evaluate, rollout_frames, write_video
 from rlbook.harness.log import read_rows
+from rlbook.parts.timeline import Timeline
 
 REQUIRED = ("env_steps", "learner_steps", "wall_time_s", "stopped_because")
 """Fields of `result.json` that loading needs."""
+
+TRACE = "trace.json"
+"""Who worked on what, in the folder of a run with processes; for ui.perfetto.dev."""
 
 
 @dataclass
@@ -40,12 +44,46 @@ class Result:
     run_dir: Path | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     """What a system adds of its own (tabular systems: values, action values, policy table)."""
+    spans: Timeline | None = None
+    """Who worked on what; None for systems without processes."""
 
     def plot(self, x: str = "env_steps", y: str = "episode_return_mean") -> Any:
         """One curve of the run as a matplotlib figure."""
         from rlbook.harness.plots import learning_curves
 
         return learning_curves({self.system: [self]}, x=x, y=y)
+
+    def timeline(self, start: float | None = None, end: float | None = None) -> Any:
+        """Who worked on what and who waited, as a matplotlib figure, one row a process.
+
+        Args:
+            start: from this second of the runtime's clock on.
+            end: to this second; by default some eighty calls in the middle of the run.
+
+        Raises:
+            ValueError: the run kept no timeline, or nothing happened in that time.
+        """
+        from rlbook.harness.timelines import draw_timeline
+
+        return draw_timeline(self.kept_spans(), start=start, end=end)
+
+    def why(self) -> Any:
+        """What bound the run and what to change: a `rlbook.harness.why.Diagnosis`.
+
+        ValueError if the run kept nothing that says so.
+        """
+        from rlbook.harness.why import explain
+
+        return explain(self.spans, self.metrics, self.config)
+
+    def kept_spans(self) -> Timeline:
+        """The run's spans; ValueError if it kept none."""
+        if not self.spans:
+            raise ValueError(
+                f"timeline: this run of {self.system} kept no timeline"
+                " (systems with processes do: those with a setting `runtime`)"
+            )
+        return self.spans
 
     def evaluate(self, episodes: int = 100, seed: int = 10_000) -> Evaluation:
         """Fresh episodes of the final policy."""
@@ -88,6 +126,7 @@ class Result:
             checkpoint=folder / "checkpoint.npz",
             run_dir=folder,
             extra=state.get("extra", {}),
+            spans=Timeline.read(folder / TRACE) if (folder / TRACE).exists() else None,
         )
 
 

@@ -12,7 +12,7 @@ seconds and saves at the same virtual moments every time.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -25,6 +25,7 @@ from rlbook.harness.interrupt import Interrupts
 from rlbook.harness.log import Progress, RunLog
 from rlbook.harness.measures import Stopwatch, Window, mean
 from rlbook.harness.result import (
+    TRACE,
     Result,
     columns,
     load_config,
@@ -35,8 +36,12 @@ from rlbook.harness.result import (
     write_json,
 )
 from rlbook.parts.envs import Episode
+from rlbook.parts.timeline import Timeline
 
 CONFIRMING_EPISODES = 100
+
+KEPT_SPANS = 100_000
+"""A run keeps its newest so many spans (13 MB as a file)."""
 
 COUNTERS = (
     "env_steps",
@@ -81,13 +86,15 @@ class Run:
         self.stopped_because: str | None = None
         self.evaluation_return_mean: float | None = None
         self.evaluation_time_s = 0.0
-        self._window = Window(max(CONFIRMING_EPISODES, 2 * getattr(config, "num_envs", 1)))
+        envs = getattr(config, "all_envs", getattr(config, "num_envs", 1))
+        self._window = Window(max(CONFIRMING_EPISODES, 2 * envs))
         self._sums: dict[str, list[float]] = {}
         self._next_row = getattr(config, "log_every_env_steps", 1)
         self._watch = Stopwatch(clock or time.perf_counter)
         self._checkpoints = checkpoints
         self._interrupts = Interrupts()
         self.extra: dict[str, Any] = {}
+        self.spans: Timeline | None = None
         self._kept_rows: int | None = None
         self.run_dir = self._open_folder()
         self._log = RunLog(self.run_dir, self._kept_rows)
@@ -184,6 +191,20 @@ class Run:
             if self.run_dir is not None:
                 save_checkpoint(self.run_dir / "checkpoint.npz", self._state())
 
+    def trace(self, spans: Iterable[tuple[str, str, float, float]]) -> None:
+        """Keeps who worked on what (`runtime.timeline()`), and writes it to the run folder.
+
+        Called once at the end of `train()`, best right after the run's own `with` and within the
+        runtime's: then an interrupted run has it too.
+
+        Args:
+            spans: (who, what, start, end), seconds; the driver's are waits. The newest 100,000
+                are kept.
+        """
+        self.spans = Timeline.of(spans).newest(KEPT_SPANS)
+        if self.run_dir is not None:
+            self.spans.save(self.run_dir / TRACE)
+
     def result(self) -> Result:
         """What the run came to."""
         return Result(
@@ -199,6 +220,7 @@ class Run:
             checkpoint=self.run_dir / "checkpoint.npz" if self.run_dir else None,
             run_dir=self.run_dir,
             extra=self.extra,
+            spans=self.spans,
         )
 
     def summary(self) -> dict[str, Any]:

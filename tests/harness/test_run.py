@@ -15,7 +15,8 @@ from rlbook.harness.checkpoint import load_checkpoint, save_checkpoint
 from rlbook.harness.config import RunConfig
 from rlbook.harness.log import METRICS
 from rlbook.harness.run import Result, Run
-from rlbook.parts.envs import Episode
+from rlbook.parts.envs import Episode, make_envs
+from rlbook.parts.timeline import Timeline
 
 CATCH = {"env_id": "rlbook/Catch-v0", "progress": False}
 
@@ -272,6 +273,53 @@ def test_what_is_no_number_becomes_null(tmp_path):
     for name in ("metrics.jsonl", "result.json"):
         text = (folder / name).read_text()
         assert "NaN" not in text and json.loads(text)["loss"] is None
+
+
+# -- who worked on what ------------------------------------------------------------------------
+
+SPANS = [("Worker 0", "unroll", 0.0, 0.5), ("driver", "wait", 0.1, 0.7)]
+
+
+def traced(tmp_path, spans, **settings) -> Result:
+    config = ppo.Config(**CATCH, **settings, total_env_steps=1)
+    network = ppo.make_network(config, make_envs(config.env_id, 1, 1))
+    learner = ppo.Learner(network, config)
+    with Run("ppo", config, Catcher(True), {"learner": learner}) as run:
+        run.running()
+        run.record(env_steps=1)
+    run.trace(spans)
+    return run.result()
+
+
+def test_spans_are_in_the_result_in_the_folder_and_in_the_loaded_result(tmp_path):
+    result = traced(tmp_path, iter(SPANS), run_dir=str(tmp_path / "run"))
+    assert list(result.spans) == SPANS
+    document = json.loads((tmp_path / "run" / "trace.json").read_text())
+    assert {event["name"] for event in document["traceEvents"]} >= {"unroll", "wait"}
+    loaded = Result.load(tmp_path / "run")
+    assert [tuple(span) for span in loaded.spans] == SPANS
+    figure = loaded.timeline(0.2, 0.4)
+    assert figure.axes[0].get_xlim() == (200.0, 400.0)
+    assert loaded.why().bound_by == "env"
+    (tmp_path / "run" / "trace.json").write_text("[]")
+    with pytest.raises(ValueError, match="trace.json: missing or damaged"):
+        Result.load(tmp_path / "run")
+
+
+def test_a_run_keeps_its_newest_spans_and_a_copy_of_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "KEPT_SPANS", 3)
+    spans = Timeline.of(("Worker 0", "unroll", float(k), k + 0.5) for k in range(5))
+    result = traced(tmp_path, spans)
+    spans.add(0, 1, 5.0, 5.5)
+    assert [span.start for span in result.spans] == [2.0, 3.0, 4.0]
+
+
+def test_a_run_without_spans_says_so_in_one_line(trained):
+    for ask in (trained.timeline, Result.load(trained.run_dir).timeline):
+        with pytest.raises(ValueError, match="this run of ppo kept no timeline") as refusal:
+            ask()
+        assert "\n" not in str(refusal.value)
+    assert trained.spans is None and not (trained.run_dir / "trace.json").exists()
 
 
 # -- folders -------------------------------------------------------------------------------------

@@ -1,78 +1,16 @@
-"""Timelines: totals by hand, Chrome's format, and notes that change nothing."""
+"""Notes of what actors do: they are in order, bounded, and change nothing."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
 import pytest
 
 from rlbook.plumbing import timeline as module
-from rlbook.plumbing.timeline import DRIVER, Span, Timeline, Totals, timed
+from rlbook.plumbing.timeline import timed
 
 T = TypeVar("T")
-
-
-@pytest.fixture
-def timeline() -> Timeline:
-    """An actor that works from 1 to 3 and 5 to 6, a function at work twice at once, a driver
-    that waits from 0 to 7.
-    """
-    made = Timeline()
-    for who, what, start, end in (
-        ("Actor 0", "unroll", 1.0, 3.0),
-        ("square", "__call__", 0.0, 4.0),
-        ("square", "__call__", 2.0, 8.0),
-        ("Actor 0", "unroll", 5.0, 6.0),
-        (DRIVER, "wait", 0.0, 7.0),
-    ):
-        made.add(made.number(who), made.number(what), start, end)
-    return made
-
-
-def test_spans_come_back(timeline: Timeline) -> None:
-    assert len(timeline) == 5
-    assert list(timeline)[0] == Span("Actor 0", "unroll", 1.0, 3.0)
-    assert [span.waiting for span in timeline] == [False] * 4 + [True]
-    timeline.forget(4)
-    assert list(timeline) == [Span(DRIVER, "wait", 0.0, 7.0)]
-
-
-def test_totals_by_hand(timeline: Timeline) -> None:
-    assert timeline.totals() == {
-        "Actor 0": Totals(2, 2 + 1, 8 - (2 + 1)),
-        "square": Totals(2, 4 + 6, 0.0),
-        DRIVER: Totals(1, 8 - 7, 7),
-    }
-    # From 2 to 5.5: the spans are cut where they cross the edge.
-    assert timeline.totals(2.0, 5.5) == {
-        "Actor 0": Totals(2, (3 - 2) + (5.5 - 5), 3.5 - 1.5),
-        "square": Totals(2, (4 - 2) + (5.5 - 2), 0.0),
-        DRIVER: Totals(1, 0.0, 3.5),
-    }
-    assert timeline.totals()["Actor 0"].busy_fraction == 3 / 8
-    assert Totals(0, 0.0, 0.0).busy_fraction == 0.0
-    assert Timeline().totals() == {}
-    assert timeline.totals(6.5)["Actor 0"] == Totals(0, 0.0, 8 - 6.5)
-
-
-def test_chrome_format(timeline: Timeline, tmp_path: Path) -> None:
-    trace = json.loads(timeline.save(tmp_path / "trace.json").read_text())
-    events = trace["traceEvents"]
-    names = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
-    assert sorted(names.values()) == ["Actor 0", DRIVER, "square", "square"]
-    work = [event for event in events if event["ph"] == "X"]
-    assert len(work) == 5 and {event["pid"] for event in events} == {0}
-    (wait,) = [event for event in work if event["cat"] == "wait"]
-    assert (names[wait["tid"]], wait["name"], wait["ts"], wait["dur"]) == (DRIVER, "wait", 0, 7e6)
-    rows: dict[int, list[tuple[float, float]]] = {}
-    for event in work:
-        rows.setdefault(event["tid"], []).append((event["ts"], event["ts"] + event["dur"]))
-    for spans in rows.values():  # viewers drop what overlaps in a row
-        spans.sort()
-        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
 
 
 class Base(Generic[T]):
