@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import (
+    codecs,
     common,
     envs,
     imports,
@@ -61,6 +62,21 @@ def test_replay(tmp_path: Path) -> None:
     whole = [("replay: rlbook", name) for name in ("sample", "update", "add")]
     assert operations == [("tree: rlbook", "update"), ("tree: rlbook", "sample"), *whole]
     assert all(row["items/s"] == pytest.approx(replay.BATCH * row["batches/s"]) for row in rows)
+
+
+def test_codecs(tmp_path: Path) -> None:
+    document = written(codecs, tmp_path)
+    assert [row["codec"] for row in document["rows"]] == ["copy", *codecs.NAMES] * 2
+    for row in document["rows"]:
+        if row["codec"] != "copy":
+            assert row["ratio"] == pytest.approx(4 * row["values"] / row["bytes"])
+    assert [line["reached"] for line in document["targets"]] == [True, True]  # bytes, not speeds
+
+
+def test_where_a_codec_pays() -> None:
+    """9 MB whole, 3 MB sent, 2 s of work: at 3 MB/s, 9 / 3 = 3 / 3 + 2."""
+    assert codecs.pays_below(9_000_000, 3_000_000, 2.0) == pytest.approx(3.0)
+    assert codecs.pays_below(9_000_000, 9_000_008, 2.0) is None
 
 
 def test_virtual(tmp_path: Path) -> None:

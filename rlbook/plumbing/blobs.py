@@ -122,7 +122,7 @@ def _read_int8(body: memoryview, dtype: np.dtype[Any], size: int) -> Vector:
 
 def _read_sign(body: memoryview, dtype: np.dtype[Any], size: int) -> Vector:
     mean, bits = _arrays(body, (dtype, 1), (np.dtype("<u1"), -(-size // 8)))
-    return np.where(np.unpackbits(bits, count=size), mean, -mean)
+    return np.concatenate([-mean, mean])[np.unpackbits(bits, count=size)]
 
 
 def _read_top(body: memoryview, dtype: np.dtype[Any], size: int) -> Vector:

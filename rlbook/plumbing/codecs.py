@@ -162,8 +162,10 @@ class Sign:
     def encode(self, vector: Vector) -> bytes:
         """The mean in the vector's dtype, then the signs, eight to a byte."""
         values = finite(vector)
-        # Divided before they are added: the sum of large values would overflow.
-        mean = np.sum(np.abs(values) / max(1, len(values)), dtype=np.float64)
+        sizes = np.abs(values)
+        peak = sizes.max(initial=0)
+        # The mean of fractions of the largest: the sum of large values would overflow.
+        mean = peak * np.mean(sizes / peak, dtype=np.float64) if peak else 0.0
         return framed(SIGN, values, np.array([mean], values.dtype), np.packbits(values >= 0))
 
     decode = staticmethod(decode)
