@@ -1,4 +1,4 @@
-"""The command `rlbook`: list, train, eval, plot, video, record, doctor.
+"""The command `rlbook`: list, train, why, eval, plot, video, record, doctor.
 
 Heavy modules are imported only when they are needed.
 """
@@ -62,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
         "train", _train, "train a system (rlbook train SYSTEM --help: its settings)", add_help=False
     )
     train.add_argument("system", nargs="?")
+    train.add_argument("--trace", metavar="FILE")
+    why = add("why", _why, "what bound a run, and what to change")
+    why.add_argument("run_dir")
     record = add(
         "record", _record, "train over seeds and keep a record under results/", add_help=False
     )
@@ -153,9 +156,14 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     from rlbook.harness.run import system_module
 
     if options.system is None and {"-h", "--help"} & set(rest):
-        print("usage: rlbook train SYSTEM [--preset P] [--resume RUN_DIR] [settings]\n")
+        print(
+            "usage: rlbook train SYSTEM [--preset P] [--resume RUN_DIR] [--trace FILE] [settings]\n"
+            "\n--trace FILE writes who worked on what, to be opened at ui.perfetto.dev\n"
+        )
         return _list(options, [])
     config = _config(options.system, rest, "train")
+    if options.trace is not None:
+        _check_trace(Path(options.trace), options.system, config)
     if config.run_dir is None and config.resume is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = f"{options.system}-{config.env_id.replace('/', '-')}-seed{config.seed}-{stamp}"
@@ -163,7 +171,17 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     result = system_module(options.system).train(config)
     for line in summary_lines(result):
         print(line)
+    if options.trace is not None:
+        print(f"  who worked on what: {result.kept_spans().save(options.trace)}")
     return INTERRUPTED if result.stopped_because == "interrupted" else 0
+
+
+def _check_trace(path: Path, system: str, config: Any) -> None:
+    """ValueError before training if there will be nothing to write, or nowhere."""
+    if not hasattr(config, "runtime"):
+        raise ValueError(f"trace: {system} runs in one process: there is nothing to trace")
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"trace: {path} is no file in a folder that exists")
 
 
 def summary_lines(result: Any) -> list[str]:
@@ -200,6 +218,13 @@ def _record(options: argparse.Namespace, rest: list[str]) -> int:
     folder = Path(options.results_dir) / options.name
     path = make_record(folder, options.system, config, options.seeds, command)
     print(f"record kept in {path}")
+    return 0
+
+
+def _why(options: argparse.Namespace, rest: list[str]) -> int:
+    from rlbook.harness.run import Result
+
+    print(Result.load(options.run_dir).why())
     return 0
 
 

@@ -6,13 +6,21 @@ import resource
 import signal
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import dataclass
+from types import ModuleType
 
 import pytest
 
 from rlbook import ppo
 from rlbook.cli import main
 from rlbook.harness.checkpoint import load_checkpoint, save_checkpoint
-from rlbook.harness.run import Result
+from rlbook.harness.run import Result, Run
+from rlbook.harness.systems import SYSTEMS
+from rlbook.parts.envs import make_envs
+from rlbook.parts.networks import SamplingPolicy
+from rlbook.parts.timeline import Timeline
+from rlbook.plumbing.virtual import VirtualRuntime
 from tests.counters import register
 from tests.runs import assert_same_run, rlbook, wait_for
 
@@ -49,6 +57,10 @@ BAD = {
     "eval nowhere": "nowhere is no run folder",
     "eval": "run_dir",
     "eval nowhere --seed x": "--seed",
+    "train ppo --trace trace.json": "trace: ppo runs in one process: there is nothing to trace",
+    "train ppo --trace": "--trace: expected one argument",
+    "why nowhere": "nowhere is no run folder",
+    "why": "run_dir",
     "plot nowhere": "nowhere is no run folder",
     "plot": "run_dir",
     "video nowhere": "nowhere is no run folder",
@@ -83,6 +95,79 @@ def test_a_custom_continuous_environment_is_refused(tmp_path, monkeypatch, capsy
     assert main(["train", "ppo", "--env-id", "test/Continuous-v0"]) == 2
     assert "needs a discrete one" in one_line(capsys.readouterr())
     assert list(tmp_path.iterdir()) == []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounds(ppo.Config):
+    """Settings of a system with processes."""
+
+    runtime: str = "virtual"
+
+
+class Worker:
+    """Works."""
+
+    def work(self) -> int:
+        """One step."""
+        return 1
+
+
+def train_in_rounds(config: Rounds) -> Result:
+    """Two workers on the virtual clock whose steps are counted; a network that never learns."""
+    network = ppo.make_network(config, make_envs(config.env_id, 1, 1))
+    parts = {"learner": ppo.Learner(network, config)}
+    with VirtualRuntime(config.seed) as runtime:
+        target = runtime.remote(Worker, costs={"work": 0.01})
+        workers = [target.remote() for _ in range(2)]
+        clock = lambda: runtime.now  # noqa: E731
+        with Run("rounds", config, SamplingPolicy(network), parts, clock) as run:
+            while run.running():
+                steps = runtime.get([worker.work.remote() for worker in workers])
+                run.record(env_steps=sum(steps))
+        run.trace(runtime.timeline())
+    return run.result()
+
+
+@pytest.fixture
+def rounds(monkeypatch):
+    module = ModuleType("rlbook.rounds")
+    vars(module).update(Config=Rounds, train=train_in_rounds, load_policy=ppo.load_policy)
+    monkeypatch.setitem(sys.modules, "rlbook.rounds", module)
+    monkeypatch.setitem(SYSTEMS, "rounds", "workers on a virtual clock")
+
+
+def test_trace_and_why_of_a_system_with_processes(rounds, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = (
+        "train rounds --env-id rlbook/Catch-v0 --total-env-steps 20 --run-dir run --trace t.json"
+    )
+    assert main(words.split()) == 0
+    assert "who worked on what: t.json" in capsys.readouterr().out
+    spans = Timeline.read("t.json")
+    assert Counter(span.who for span in spans if span.what == "work") == {
+        "Worker 0": 10,
+        "Worker 1": 10,
+    }
+    assert (tmp_path / "run" / "trace.json").read_bytes() == (tmp_path / "t.json").read_bytes()
+    assert main(["why", "run"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("Bound by the environments: the Workers worked 8")
+    assert "What to change:\n- more copies" in told
+
+
+@pytest.mark.parametrize("file", [".", "nowhere/trace.json"])
+def test_a_trace_that_cannot_be_written_is_refused_before_training(
+    file, rounds, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "rounds", "--trace", file]) == 2
+    assert f"trace: {file} is no file in a folder that exists" in one_line(capsys.readouterr())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_why_of_a_run_that_kept_nothing_that_says_it(run_dir, capsys):
+    assert main(["why", str(run_dir)]) == 2
+    assert "nothing says what bound it" in one_line(capsys.readouterr())
 
 
 @pytest.fixture(scope="module")

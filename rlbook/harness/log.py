@@ -12,7 +12,8 @@ from typing import Any
 METRICS = {
     "env_steps": "agent decisions taken in the environments (valid steps)",
     "learner_steps": "updates of the parameters",
-    "wall_time_s": "seconds of training since the first environment step (evaluations not counted)",
+    "wall_time_s": "seconds of training since the first environment step (evaluations not counted);"
+    " on the virtual runtime virtual seconds",
     "env_steps_per_s": "env_steps / wall_time_s",
     "episodes": "finished training episodes",
     "episode_return_mean": "mean return of the last max(100, 2 × num_envs) training episodes",
@@ -29,13 +30,26 @@ METRICS = {
     "epsilon": "probability of a random action",
     "td_error_mean": "mean |TD error|",
     "q_mean": "mean of max_a Q(x, a) over the observations x that the actor met",
+    "policy_lag_mean": "mean number of updates between the parameters that acted and the update",
+    "policy_lag_max": "largest number of the same updates",
+    "staleness_mean": "mean number of versions of the server between pull and apply",
+    "staleness_max": "largest number of the same versions",
+    "gradients_rejected": "part of the gradients that the server refused, as stale or as outliers",
+    "bytes_sent": "bytes of one gradient on the wire, as encoded",
+    "bytes_per_env_step": "bytes on the wire, gradients and parameters, for each environment step",
+    "compression_ratio": "bytes of a gradient before encoding / after it",
+    "learner_idle_fraction": "part of the time in which the learner (or server) had no work",
+    "env_time_fraction": "part of the acting processes' working time spent in environment steps",
+    "inference_time_fraction": "part of the same time spent in forward passes to act",
+    "gradient_time_fraction": "part of the same time spent in gradients",
+    "env_ceiling_fraction": "env_steps_per_s / what the same environments alone can step a second",
     "replay_size": "transitions in replay",
     "replay_ratio": "transitions sampled for learning / environment steps",
     "sweeps": "passes over all states",
     "bellman_residual": "max |T V − V|",
     "value_error": "root mean squared error against the exact values",
 }
-"""Names and meanings with units."""
+"""Names and meanings with units. A row holds the mean over its turns; of `…_max` the largest."""
 
 
 def read_rows(path: Path, rows: int | None = None) -> list[dict[str, Any]]:

@@ -81,3 +81,9 @@ def mean(values: Sequence[float]) -> float | None:
     """The mean, or None where there is none (nothing to average, or no finite number)."""
     found = float(np.mean(list(values))) if values else np.nan
     return found if np.isfinite(found) else None
+
+
+def of_turns(name: str, values: Sequence[float]) -> float | None:
+    """A metric of several turns: the mean, or the largest where the name ends in `_max`."""
+    finite = [value for value in values if np.isfinite(value)]
+    return max(finite, default=None) if name.endswith("_max") else mean(values)

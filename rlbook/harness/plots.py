@@ -130,6 +130,7 @@ def learning_curves(
     ax: Axes | None = None,
     title: str | None = None,
     goal: float | None = None,
+    colors: Mapping[str, str] | None = None,
 ) -> Figure:
     """Interquartile mean over seeds with its 95 % bootstrap interval, one line a label.
 
@@ -140,6 +141,7 @@ def learning_curves(
         ax: where to draw; a new figure by default.
         title: what the figure shows.
         goal: a dashed line at this value.
+        colors: label → a name in `COLORS`, or any colour of matplotlib's; the cycle's by default.
 
     Raises:
         ValueError: a metric that no run has.
@@ -152,7 +154,10 @@ def learning_curves(
             known = sorted(results[0].curves)
             raise ValueError(f"{label} has no metric {y!r} over {x!r}; it has {', '.join(known)}")
         grid, values = on_grid([result.curves for result in results], x, y)
-        (line,) = ax.plot(grid, interquartile_mean(values), label=label.replace("_", " "))
+        mine = (colors or {}).get(label)
+        color = None if mine is None else COLORS.get(mine, mine)
+        name = label.replace("_", " ")
+        (line,) = ax.plot(grid, interquartile_mean(values), label=name, color=color)
         if len(values) > 1:
             low, high = bootstrap_interval(values)
             ax.fill_between(grid, low, high, color=line.get_color(), alpha=0.2, linewidth=0)

@@ -23,7 +23,7 @@ from rlbook.harness.config import refuse_changes
 from rlbook.harness.evaluate import Policy, evaluate
 from rlbook.harness.interrupt import Interrupts
 from rlbook.harness.log import Progress, RunLog
-from rlbook.harness.measures import Stopwatch, Window, mean
+from rlbook.harness.measures import Stopwatch, Window, of_turns
 from rlbook.harness.result import (
     TRACE,
     Result,
@@ -152,7 +152,8 @@ class Run:
             env_steps: valid steps taken in this turn.
             learner_steps: updates made in this turn.
             episodes: training episodes that ended in it.
-            metrics: values by name, averaged over the turns of a row.
+            metrics: values by name; a row holds their mean over its turns, or, where the name
+                ends in `_max`, the largest.
         """
         self.env_steps += env_steps
         self.learner_steps += learner_steps
@@ -269,7 +270,7 @@ class Run:
 
     def _add_row(self) -> None:
         row = self._counts()
-        row.update({name: mean(values) for name, values in self._sums.items()})
+        row.update({name: of_turns(name, values) for name, values in self._sums.items()})
         self._sums = {}
         self._log.add(row)
         shown = {"return": row["episode_return_mean"] or 0.0, "steps/s": row["env_steps_per_s"]}

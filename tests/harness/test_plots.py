@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from rlbook.harness.plots import (
+    COLORS,
+    CYCLE,
     bootstrap_interval,
     interquartile_mean,
     learning_curves,
@@ -78,6 +80,18 @@ def test_learning_curves_draw_the_mean_and_the_band():
     assert axes.lines[2].get_ydata()[0] == 15.0
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["three", "one"]
     plt.close(figure)
+
+
+def test_a_label_keeps_its_colour_from_figure_to_figure():
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import to_hex
+
+    results = [SimpleNamespace(curves=curve([0, 10], [0, k])) for k in (10, 20, 30)]
+    runs = {"a": results[:1], "b": results[:1], "c": results}
+    (axes,) = learning_curves(runs, colors={"c": "green", "b": "#123456"}).axes
+    assert [line.get_color() for line in axes.lines] == [CYCLE[0], "#123456", COLORS["green"]]
+    assert to_hex(axes.collections[0].get_facecolor()[0]) == COLORS["green"].lower()
+    plt.close("all")
 
 
 def test_an_unknown_metric_is_refused_with_the_known_ones():

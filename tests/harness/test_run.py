@@ -257,6 +257,16 @@ def test_rows_average_the_metrics_of_their_turns():
     assert np.isnan(curves["episode_return_mean"][0]) and curves["episode_return_mean"][1] == 3.0
 
 
+def test_of_a_maximum_a_row_holds_the_largest():
+    with make(log_every_env_steps=8) as run:
+        run.running()
+        for value in (1.0, 6.0, 2.0, float("nan")):
+            run.record(env_steps=4, metrics={"staleness_max": value, "staleness_mean": value})
+    curves = run.result().curves
+    assert curves["staleness_max"].tolist() == [6.0, 2.0]
+    assert curves["staleness_mean"][0] == (1.0 + 6.0) / 2
+
+
 def test_a_run_that_ends_on_a_row_has_it_once_and_complete():
     with make(log_every_env_steps=5, total_env_steps=10) as run:
         while run.running():
