@@ -335,13 +335,18 @@ class DeltaEncoder:
         return DELTA_HEADER.pack(DELTA_MARK, whole, number, before, version) + blob
 
     def state_dict(self) -> dict[str, Any]:
-        """What the receiver has."""
-        return {"weights": self.shadow, "version": self.version, "number": self._number}
+        """What later updates depend on: the codec's name, a copy of the shadow, and where it is."""
+        return {"codec": self.codec.name, **_place(self.shadow, self.version, self._number)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict()` was taken."""
-        self.shadow, self.version = state["weights"], state["version"]
-        self._number = state["number"]
+        """Continue where `state_dict()` was taken. If it does not fit, ValueError and no change.
+
+        Only with the receiver of that moment: to one that went on since, `reset` before sending.
+        """
+        place = _placed({key: value for key, value in state.items() if key != "codec"})
+        if state.get("codec") != self.codec.name:
+            raise ValueError(f"the state is of codec {state.get('codec')}, not {self.codec.name}")
+        self.shadow, self.version, self._number = place
 
 
 class DeltaDecoder:
@@ -380,13 +385,27 @@ class DeltaDecoder:
         return self.weights
 
     def state_dict(self) -> dict[str, Any]:
-        """The weights as they are now."""
-        return {"weights": self.weights, "version": self.version, "number": self._number}
+        """A copy of the weights, and which update they are of."""
+        return _place(self.weights, self.version, self._number)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict()` was taken."""
-        self.weights, self.version = state["weights"], state["version"]
-        self._number = state["number"]
+        """Continue where `state_dict()` was taken. If it does not fit, ValueError and no change."""
+        self.weights, self.version, self._number = _placed(state)
+
+
+def _place(values: Vector | None, version: int, number: int) -> dict[str, Any]:
+    """Where one side of the delta updates is, as plain values and a copy."""
+    copy = None if values is None else values.copy()
+    return {"weights": copy, "version": version, "number": number}
+
+
+def _placed(state: Mapping[str, Any]) -> tuple[Vector | None, int, int]:
+    """What `_place` wrote down, or ValueError."""
+    if set(state) != {"weights", "version", "number"}:
+        raise ValueError(f"no state of delta updates: it has {sorted(state)}")
+    values = state["weights"]
+    copy = None if values is None else _frozen(finite(values).copy())
+    return copy, int(state["version"]), int(state["number"])
 
 
 def _frozen(values: Vector) -> Vector:

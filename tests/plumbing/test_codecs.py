@@ -371,6 +371,34 @@ def test_a_blob_of_a_blob_of_a_blob_is_refused() -> None:
         decode(nested)
 
 
+@pytest.mark.parametrize("entries", [np.ones(2, np.float64), np.ones(1, np.float32)])
+def test_entries_of_another_dtype_or_number_are_refused(entries: np.ndarray) -> None:
+    """Two positions of a float32 vector; one entry would fill both, two doubles be rounded."""
+    top, inner = struct.pack("<IB", 2, 0), Identity().encode(entries)
+    blob = blobs.framed(blobs.TOPK, np.ones(5, np.float32), top, b"\0\1", inner)
+    with pytest.raises(ValueError, match="do not belong together"):
+        decode(blob)
+    right = Identity().encode(np.ones(2, np.float32))
+    blob = blobs.framed(blobs.TOPK, np.ones(5, np.float32), top, b"\0\1", right)
+    assert decode(blob).tolist() == [1.0, 0.0, 1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(("place", "value"), [(0, 0), (1, 0), (2, 5), (3, 2)])
+def test_another_mark_kind_or_dtype_is_refused(place: int, value: int) -> None:
+    blob = bytearray(Identity().encode(normal(9)))
+    blob[place] = value
+    with pytest.raises(ValueError, match="does not begin as a codec's blob does"):
+        decode(blob)
+
+
+@pytest.mark.parametrize("width", [3, 200])
+def test_another_width_of_positions_is_refused(width: int) -> None:
+    blob = bytearray(TopK(0.5).encode(normal(9)))
+    blob[8 + 4] = width
+    with pytest.raises(ValueError, match="do not fit into it"):
+        decode(blob)
+
+
 def test_what_is_no_blob_is_refused() -> None:
     with pytest.raises(ValueError, match="a blob is bytes, not ndarray"):
         decode(normal(9))  # type: ignore[arg-type]
@@ -589,6 +617,58 @@ def test_a_difference_to_other_weights_is_refused(name: str) -> None:
     decoder.apply(updates[4])
     assert encoder.shadow is not None and decoder.weights is not None
     assert same_bits(decoder.weights, encoder.shadow)
+
+
+@every_dtype
+def test_updates_with_identity_are_exact_where_differences_are_not(dtype: Any) -> None:
+    before, after = np.array([1e8], dtype), np.array([0.1], dtype)
+    assert not same_bits(before + (after - before), after)
+    encoder, decoder = DeltaEncoder(Identity()), DeltaDecoder()
+    for version, weights in enumerate([before, after]):
+        assert same_bits(decoder.apply(encoder.encode(weights, version)), weights)
+
+
+@every_codec
+def test_updates_continue_from_their_states(name: str, tmp_path: Path) -> None:
+    """Both sides through a checkpoint on disk, before the first update and after the second."""
+    weights = walk(4)
+    for begun in (0, 2):
+        encoder, decoder = DeltaEncoder(make_codec(name)), DeltaDecoder()
+        for version in range(begun):
+            decoder.apply(encoder.encode(weights[version], version))
+        state = {"encoder": encoder.state_dict(), "decoder": decoder.state_dict()}
+        save_checkpoint(tmp_path / "state.npz", state)
+        later = [encoder.encode(w, 2 + v) for v, w in enumerate(weights[2:])]
+        kept = load_checkpoint(tmp_path / "state.npz")
+        resumed, receiver = DeltaEncoder(make_codec(name)), DeltaDecoder()
+        resumed.load_state_dict(kept["encoder"])
+        receiver.load_state_dict(kept["decoder"])
+        assert state_of(receiver) == state_of(decoder)
+        assert [resumed.encode(w, 2 + v) for v, w in enumerate(weights[2:])] == later
+        for update in later:
+            assert same_bits(receiver.apply(update), decoder.apply(update))
+
+
+def test_states_are_copies_and_what_does_not_fit_changes_nothing() -> None:
+    encoder, decoder, sender = DeltaEncoder(Half()), DeltaDecoder(), ErrorFeedback(Half())
+    decoder.apply(encoder.encode(normal(9), 0))
+    sender.encode(normal(9))
+    sides: list[tuple[Any, str, str]] = [
+        (encoder, "weights", "shadow"),
+        (decoder, "weights", "weights"),
+        (sender, "residual", "residual"),
+    ]
+    for side, key, name in sides:
+        before, state = getattr(side, name), side.state_dict()
+        kept = before.copy()
+        state[key][:] = np.nan
+        assert same_bits(before, kept)
+        for bad, why in (({}, "no state"), (state, "9 of 9 values are not finite")):
+            with pytest.raises(ValueError, match=why):
+                side.load_state_dict(bad)
+            assert getattr(side, name) is before
+    with pytest.raises(ValueError, match="codec sign, not fp16"):
+        encoder.load_state_dict(DeltaEncoder(Sign()).state_dict())
 
 
 def test_a_reset_begins_anew() -> None:
