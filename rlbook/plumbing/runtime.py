@@ -23,12 +23,17 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
-from typing import Any, NoReturn, Protocol, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self
 
 from rlbook.plumbing import watchdog
 from rlbook.plumbing.quiet import hush_deaths, is_death, quiet_ray
 from rlbook.plumbing.timeline import DRIVER, KEPT, Timeline, timed
+
+if TYPE_CHECKING:
+    from rlbook.plumbing.cluster import Cluster
+    from rlbook.plumbing.virtual import VirtualRuntime
 
 Reference = Any
 """A promise of a value that some process holds or will hold (Ray's ``ObjectRef``)."""
@@ -75,6 +80,39 @@ class Runtime(Protocol):
 
     def timeline(self) -> Timeline:
         """Who worked on what so far, and when the driver waited."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What of the runtime a checkpoint must keep, as plain values and arrays."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from there, once the same actors have been made again."""
+
+    def off_the_clock(self) -> AbstractContextManager[None]:
+        """A block of calls that save or restore what actors know; where time is made up they take
+        none. All its calls must be waited for.
+        """
+
+
+def make_runtime(
+    kind: str,
+    *,
+    seed: int,
+    cluster: Cluster | None = None,
+    num_cpus: int | None = None,
+    address: str | None = None,
+) -> RayRuntime | VirtualRuntime:
+    """The runtime of a configuration: ``"ray"`` (which ``num_cpus``, None for all, and ``address``
+    are for) or ``"virtual"`` (which ``seed`` and ``cluster`` are for).
+
+    Raises ``ValueError`` for another kind.
+    """
+    if kind == "ray":
+        return RayRuntime(num_cpus=num_cpus, address=address)
+    if kind == "virtual":
+        from rlbook.plumbing.virtual import VirtualRuntime
+
+        return VirtualRuntime(seed, cluster)
+    raise ValueError(f"runtime: must be 'ray' or 'virtual', got {kind!r}")
 
 
 class RayRuntime:
@@ -274,6 +312,17 @@ class RayRuntime:
                 start, end = (at - self._entered_at for at in times)
                 self._timeline.add(number(asked[reference]), number(what), start, end)
         return self._timeline
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the order of events on real processes is not kept."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Does nothing; takes the state of the virtual clock too."""
+
+    def off_the_clock(self) -> AbstractContextManager[None]:
+        """A block like any other."""
+        return nullcontext()
 
     def _waited(self, verb: str, begun: float) -> None:
         if self.trace:

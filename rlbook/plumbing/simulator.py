@@ -44,15 +44,30 @@ class Simulator:
         self.timeline: Timeline | None = timeline
         self._perform = perform
         self._latency, self._delay_mean = cluster.latency_s, cluster.delay_s
-        self._number = 0
+        self.number = 0
+        """Counts events."""
         seeds = np.random.SeedSequence(seed).spawn(3)
         self._jitter_rng, self._delay_rng, self._crash_rng = map(np.random.default_rng, seeds)
-        self._jitters: list[float] = []
+        self.generators = {
+            "jitter": self._jitter_rng,
+            "delay": self._delay_rng,
+            "crash": self._crash_rng,
+        }
+        self.jitters: list[float] = []
+        """Drawn, not yet used."""
 
     def schedule(self, at: float, action: Callable[[float, Any], None], subject: Any) -> None:
         """``action(at, subject)`` will be done at ``at``."""
-        self._number += 1
-        heapq.heappush(self.events, (at, self._number, action, subject))
+        self.number += 1
+        heapq.heappush(self.events, (at, self.number, action, subject))
+
+    def action(self, name: str) -> Callable[[float, Any], None]:
+        """What an event does, by name. Raises ``ValueError`` for a name that no event has."""
+        actions = self._runnable, self._end, self._release, self._answer, self._crash, self.settle
+        for action in actions:
+            if action.__name__ == name:
+                return action
+        raise ValueError(f"no event does {name!r}")
 
     def play(self) -> None:
         """The next event."""
@@ -98,6 +113,8 @@ class Simulator:
         if call.arguments is not None:
             for reference in call.needs:
                 if reference.error is not None:
+                    if call.method.name == "__init__":  # then there is no actor, and never will be
+                        call.actor.up_at = math.inf
                     return self._refuse(at, call, reference.error)
             room = call.actor.room
             if isinstance(call.arguments, Message):
@@ -174,24 +191,33 @@ class Simulator:
         self.settle(at, call.reference)
 
     def _refuse(self, at: float, call: Call, error: Message) -> None:
-        """The driver will learn at ``at`` that the call failed."""
+        """The driver will learn at ``at`` that the call failed, if it was the one who made it."""
         if call.actor.birth is None:
             call.actor.room.guests -= 1
         call.reference.error = error
-        self.schedule(at, self.settle, call.reference)
+        if call.method.name != "__init__":
+            self.schedule(at, self.settle, call.reference)
 
     def _duration(self, call: Call) -> float:
         """Declared cost × pace of the actor × noise, in seconds."""
-        if not self._jitters:
-            self._jitters = self._jitter_rng.lognormal(0.0, self.cluster.jitter, 4096).tolist()
+        if not self.jitters:
+            self.jitters = self._jitter_rng.lognormal(0.0, self.cluster.jitter, 4096).tolist()
         method = call.method
         seconds = method.seconds
         if method.price is not None:
             args, kwargs = call.open()
             seconds = method.price(*args, **kwargs)
-        return seconds * self._jitters.pop()
+        return seconds * self.jitters.pop()
 
     # -- nodes and faults ------------------------------------------------------------------
+
+    def place(self, node: int | None, is_class: bool) -> Room:
+        """The node that was asked for, or the one with fewest actors (or calls) for each core."""
+        if node is not None:
+            return self.rooms[node]
+        if is_class:
+            return min(self.rooms, key=lambda room: len(room.actors) / room.cores)
+        return min(self.rooms, key=lambda room: room.guests / room.cores)
 
     def settle_in(self, at: float, actor: Actor) -> None:
         """The actor takes its place on its node, with its fate."""

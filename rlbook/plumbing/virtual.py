@@ -23,10 +23,11 @@ import heapq
 import math
 import weakref
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn, Self
 
-from rlbook.plumbing.cast import Actor, Call, Method, Room
+from rlbook.plumbing.cast import Actor, Call, Method
 from rlbook.plumbing.cluster import Cluster
 from rlbook.plumbing.deeds import StandIn, pretend, work
 from rlbook.plumbing.handles import (
@@ -37,6 +38,7 @@ from rlbook.plumbing.handles import (
     split,
 )
 from rlbook.plumbing.simulator import Simulator
+from rlbook.plumbing.state import await_births, cancel_crashes, restore, state_of
 from rlbook.plumbing.timeline import DRIVER, Timeline
 from rlbook.plumbing.wire import Bundle, VirtualReference, pack
 
@@ -196,6 +198,62 @@ class VirtualRuntime:
         """Bytes that went over the wire so far."""
         return sum(room.nbytes for room in self._simulator.rooms)
 
+    # -- saving ----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The clock and all that decides what comes, as plain values and arrays: for a checkpoint.
+
+        What is not in it: what actors know (ask them, :meth:`off_the_clock`), references (drop
+        them in the run that goes on too, and put anew) and the timeline. Raises ``RuntimeError``
+        while a call is under way: wait for all first.
+        """
+        self._catch_up()
+        made, simulator = dict(self._made), state_of(self._simulator)
+        return {"now": self.now, "calls": self._calls, "made": made, "simulator": simulator}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on as the run whose state this is would have gone on, bit for bit.
+
+        First make the same actors, in the same order; wait for what else they were asked. Raises
+        ``ValueError`` if they are not the same and ``RuntimeError`` while a call is under way. The
+        timeline begins anew.
+        """
+        self._catch_up()
+        if state["made"] != self._made:
+            raise ValueError(f"the saved run made {state['made']}, this one {dict(self._made)}")
+        cancel_crashes(self._simulator)
+        await_births(self._simulator, self.now, again=True)
+        restore(self._simulator, state["simulator"])
+        self.now, self._calls = state["now"], state["calls"]
+        self._timeline.forget(len(self._timeline))
+
+    @contextmanager
+    def off_the_clock(self) -> Iterator[None]:
+        """A block whose calls take no time, leave no trace and meet no crash: saving, restoring.
+
+        Only what the actors come to know stays. All its calls must be waited for; so are new
+        actors' constructors before it begins, on the clock. A call to an actor that is down fails
+        here too. Drop the block's references with it.
+        """
+        self.state_dict()  # nothing is under way
+        simulator = self._simulator
+        self.now = await_births(simulator, self.now, again=False)
+        before = self.state_dict()
+        timeline, simulator.timeline = simulator.timeline, None
+        cancel_crashes(simulator)
+        try:
+            yield
+        finally:
+            simulator.timeline = timeline
+        self._catch_up()
+        restore(simulator, before["simulator"])
+        self.now, self._calls = before["now"], before["calls"]
+
+    def _catch_up(self) -> None:
+        """Plays what has happened by now."""
+        while self._simulator.events and self._simulator.events[0][0] <= self.now:
+            self._simulator.play()
+
     # -- behind the verbs ------------------------------------------------------------------
 
     def _begin(self, verb: str) -> None:
@@ -255,7 +313,7 @@ class VirtualRuntime:
         """An actor is made, or a function called."""
         self._begin("remote")
         simulator, arguments = self._simulator, as_arguments(args, kwargs)
-        room = self._room(target)
+        room = simulator.place(target.node, target.is_class)
         name = target.name
         if target.is_class:
             name = f"{target.name} {self._made[target.name]}"
@@ -273,15 +331,6 @@ class VirtualRuntime:
         simulator.settle_in(self.now, actor)
         simulator.submit(self.now, actor.birth())
         return VirtualActor(self, actor, target)
-
-    def _room(self, target: VirtualTarget) -> Room:
-        """The node that was asked for, or the one with fewest actors (or calls) for each core."""
-        rooms = self._simulator.rooms
-        if target.node is not None:
-            return rooms[target.node]
-        if target.is_class:
-            return min(rooms, key=lambda room: len(room.actors) / room.cores)
-        return min(rooms, key=lambda room: room.guests / room.cores)
 
     def _method(self, actor: Actor, target: VirtualTarget, name: str) -> Method:
         return target.method(actor, name, self._timeline.number(name), self.cluster)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rlbook.plumbing.cluster import Cluster, Crash, Node, usable_cores
-from rlbook.plumbing.runtime import ActorDiedError, RayRuntime, Runtime
+from rlbook.plumbing.runtime import ActorDiedError, RayRuntime, Runtime, make_runtime
 from rlbook.plumbing.virtual import VirtualRuntime
 
 NAP = {"nap": lambda seconds: seconds}
@@ -76,8 +76,8 @@ def ray_runtime() -> Iterator[RayRuntime]:
 def runtime(request: pytest.FixtureRequest) -> Runtime:
     if request.param == "ray":
         return request.getfixturevalue("ray_runtime")
-    crash = Crash("Doomed 0", at_s=1.0, restart_s=0.5)
-    return VirtualRuntime(1, Cluster(nodes=(Node(cores=2), Node(cores=4)), crashes=(crash,)))
+    crashes = Crash("Doomed 0", at_s=1.0, restart_s=0.5), Crash("Mortal 0", at_s=1.0)
+    return VirtualRuntime(1, Cluster(nodes=(Node(cores=2), Node(cores=4)), crashes=crashes))
 
 
 @pytest.fixture
@@ -251,6 +251,46 @@ def test_a_crash_fails_what_was_asked_and_a_restart_begins_anew(runtime: Runtime
         pytest.fail("it never came up again")
 
 
+def test_a_death_fails_whatever_needs_what_died(
+    runtime: Runtime, counter: Callable[..., Any]
+) -> None:
+    mortal: Any = type("Mortal", (counting_class(),), {})
+    actor = runtime.remote(mortal, costs=NAP, num_cpus=0).remote()
+    other, third = counter(), counter()
+    answered = actor.same.remote(np.ones(10**6))
+    pid = runtime.get([actor.pid.remote(), *[one.add.remote() for one in (other, third)]])[0]
+    runtime.wait([answered])
+    running = actor.nap.remote(FRESH)
+    argument = other.same.remote(0, name=running)
+    further, too = third.same.options(num_returns=2).remote(1, argument)  # two steps away
+    newborn = counter(running)  # a constructor's argument
+    if isinstance(runtime, RayRuntime):
+        os.kill(pid, signal.SIGKILL)
+    failed = [running, argument, further, too, newborn.add.remote()]
+    assert runtime.wait(failed, num_returns=5, timeout=FRESH) == (failed, [])
+    late = actor.add.remote()  # to the dead
+    failed += [late, other.same.remote(late), newborn.add.remote(), counter(late).add.remote()]
+    assert runtime.wait(failed, num_returns=9, timeout=FRESH) == (failed, [])
+    for reference in failed:
+        with pytest.raises(ActorDiedError):
+            runtime.get(reference)
+    with pytest.raises(ActorDiedError):
+        runtime.get([answered, running])
+    assert runtime.get([other.add.remote(), third.add.remote()]) == [2, 2]  # they live
+    ((array,), _) = runtime.get(other.same.remote(answered))[0][0]  # an answer outlives its maker
+    assert array.sum() == 10**6
+
+
+def test_state_is_saved_and_loaded(runtime: Runtime, counter: Callable[..., Any]) -> None:
+    one = counter()
+    with runtime.off_the_clock():
+        assert runtime.get(one.add.remote()) == 1
+    state = runtime.state_dict()
+    assert runtime.get(one.add.remote()) == 2
+    runtime.load_state_dict(state)
+    assert runtime.get(one.add.remote()) == 3  # what actors know is theirs to save
+
+
 def test_the_timeline_knows_who_worked_and_who_waited(
     runtime: Runtime, counter: Callable[..., Any]
 ) -> None:
@@ -266,6 +306,22 @@ def test_the_timeline_knows_who_worked_and_who_waited(
     assert 0.4 < spent.busy_s < waited
     (get,) = [span for span in spans if span.who == "driver"]
     assert get.what == "get" and get.waiting and 0.4 < get.end - get.start <= waited
+
+
+def test_a_runtime_by_its_name() -> None:
+    ray = make_runtime("ray", seed=1, num_cpus=3, address="10.0.0.1:6379")
+    assert isinstance(ray, RayRuntime) and ray.num_cpus == 3 and ray.address == "10.0.0.1:6379"
+    assert make_runtime("ray", seed=1).num_cpus is None  # type: ignore[union-attr]
+    cluster = Cluster(nodes=(Node(cores=7),), jitter=0.5)
+    seconds = []
+    for seed in (1, 1, 2):
+        virtual = make_runtime("virtual", seed=seed, cluster=cluster, num_cpus=3)
+        assert isinstance(virtual, VirtualRuntime) and virtual.cluster is cluster
+        virtual.get(virtual.remote(abs, costs=1.0).remote(-1))
+        seconds.append(virtual.now)
+    assert seconds[0] == seconds[1] != seconds[2]
+    with pytest.raises(ValueError, match="'ray' or 'virtual', got 'dask'"):
+        make_runtime("dask", seed=1)
 
 
 def test_messages_are_measured_on_ray(ray_runtime: RayRuntime) -> None:

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlbook.harness.checkpoint import load_checkpoint, save_checkpoint
 from rlbook.mdp import Block, Parallel, asynchronous_value_iteration, value_iteration
 from rlbook.parts.gridworld import ENV_ID
 from rlbook.parts.tabular import make_tabular_env, mdp_of
@@ -506,6 +507,162 @@ def test_planning_in_parallel_is_planning() -> None:
     assert np.array_equal(alone.values, spread.values)
     assert np.array_equal(alone.residuals, spread.residuals)
     np.testing.assert_allclose(eager.values, alone.values, atol=2e-8)
+
+
+# -- saved and loaded ----------------------------------------------------------------------
+
+
+class Walker:
+    """What it knows depends on every call, in order."""
+
+    def __init__(self, scale: int) -> None:
+        self.scale, self.place = scale, 1
+
+    def step(self, number: int, other: int = 0) -> int:
+        self.place = (self.scale * self.place + number + other) % 10_007
+        return self.place
+
+    def save(self) -> int:
+        return self.place
+
+    def load(self, place: int) -> None:
+        self.place = place
+
+
+FAULTY = cluster(
+    *(2, 3),
+    bandwidth=2.0**20,
+    jitter=0.4,
+    delay_s=0.05,
+    driver_call_s=0.001,
+    stragglers={"Walker 1": 4.0},
+    crashes=(
+        Crash("Walker 0", at_s=3.0, restart_s=0.5),
+        Crash("Walker 2", before_s=9.0, restart_s=2.0),
+        Crash("Walker 3", before_s=9.0, restart_s=2.0),
+        Crash("Walker 4", before_s=12.0),
+    ),
+)
+
+
+class Driver:
+    """Keeps all actors busy; what it does next depends on what was done first."""
+
+    def __init__(self, seed: int, actors: int, saved: Any = None) -> None:
+        self.runtime = VirtualRuntime(seed, FAULTY)
+        costs = {"__init__": 0.3, "step": lambda number, _: 0.1 + 0.01 * (number % 7), "load": 1.0}
+        remote = self.runtime.remote(Walker, costs=costs)
+        self.actors = [remote.remote(scale) for scale in range(2, 2 + actors)]
+        self.number, self.seen = 0, []  # type: ignore[var-annotated]
+        if saved is not None:
+            self.runtime.load_state_dict(saved["runtime"])
+            self.number = saved["number"]
+            with self.runtime.off_the_clock():
+                for actor, place in zip(self.actors, saved["places"], strict=True):
+                    if place is not None:
+                        self.runtime.get(actor.load.remote(place))
+
+    def go_on(self, calls: int) -> None:
+        last, shared = 0, self.runtime.put(self.number)
+        free, inflight = list(self.actors), {}
+        for _ in range(calls):
+            actor = free.pop(0)
+            inflight[actor.step.remote(self.number, shared)] = actor
+            self.number += 1
+            while inflight and (not free or self.number % calls == 0):
+                (reference,), _ = self.runtime.wait(inflight)
+                free.append(inflight.pop(reference))
+                try:
+                    last = self.runtime.get(reference)
+                except ActorDiedError:
+                    last = -1
+                self.seen.append((last, self.runtime.now, self.runtime.nbytes))
+
+    def save(self) -> dict[str, Any]:
+        places: list[Any] = []
+        with self.runtime.off_the_clock():
+            for actor in self.actors:
+                try:
+                    places.append(self.runtime.get(actor.save.remote()))
+                except ActorDiedError:
+                    places.append(None)
+        return {"runtime": self.runtime.state_dict(), "places": places, "number": self.number}
+
+
+@pytest.mark.parametrize(("seed", "actors"), [(1, 5), (2, 5), (1, 12), (3, 12)])
+def test_a_run_that_is_loaded_goes_on_as_the_one_that_was_saved(
+    seed: int, actors: int, tmp_path: Path
+) -> None:
+    whole, plain = Driver(seed, actors), Driver(seed, actors)
+    resumed: Driver | None = None
+    downs = 0
+    for part in range(12):
+        whole.go_on(20)
+        plain.go_on(20)
+        assert whole.seen == plain.seen  # saving leaves no trace
+        if resumed is not None:
+            resumed.go_on(20)
+            assert resumed.seen == whole.seen[20 * part :]
+        saved = whole.save()
+        downs += None in saved["places"]
+        save_checkpoint(tmp_path / "state", saved)  # plain values and arrays
+        resumed = Driver(seed, actors, load_checkpoint(tmp_path / "state"))
+        assert resumed.runtime.now == whole.runtime.now
+    assert downs > 2 and any(value == -1 for value, *_ in whole.seen)
+    assert list(plain.runtime.timeline()) == list(whole.runtime.timeline())
+
+
+def test_a_promised_core_and_an_actor_in_line_are_saved_too() -> None:
+    crashes = Crash("Worker 0", at_s=1.0, restart_s=1.0), Crash("Worker 1", at_s=1.5, restart_s=0.0)
+
+    def begun() -> tuple[VirtualRuntime, list]:
+        runtime = VirtualRuntime(1, cluster(1, crashes=crashes))
+        costs = {**BY_FIRST, "__init__": 3.0}
+        return runtime, workers(runtime, 1, {**BY_FIRST, "__init__": 0.5}) + workers(
+            runtime, 1, costs
+        )
+
+    runtime, (one, other) = begun()
+    lost = one.work.remote(50.0)
+    with pytest.raises(ActorDiedError):
+        runtime.get(lost)
+    runtime.wait([runtime.remote(abs, costs=0.75).remote(1)])
+    state = runtime.state_dict()
+    ends = []
+    for resumed in (False, True):
+        if resumed:
+            runtime, (one, other) = begun()
+            runtime.load_state_dict(state)
+        assert runtime.get([other.work.remote(1.0), one.work.remote(1.0)]) == [1, 1]
+        ends.append((runtime.now, worked(runtime)[-2:]))
+    assert ends[0] == ends[1]
+
+
+def test_saving_waits_for_calls_and_loading_for_the_same_actors() -> None:
+    runtime = VirtualRuntime(1, cluster(2))
+    one, other, third = workers(runtime, 3)
+    pending = [one.work.remote(1.0), other.work.remote(1.0), third.work.remote(1.0)]
+    late = one.work.remote(pending[2])
+    empty = VirtualRuntime(1, cluster(2)).state_dict()
+    for refused in (
+        runtime.state_dict,
+        runtime.off_the_clock().__enter__,
+        lambda: runtime.load_state_dict({**empty, "made": {"Worker": 3}}),
+    ):
+        with pytest.raises(RuntimeError, match="calls are under way"):
+            refused()
+    runtime.get([*pending, late])
+    state = runtime.state_dict()
+    with pytest.raises(RuntimeError, match="1 calls are under way"):
+        with runtime.off_the_clock():
+            one.work.remote(5.0)
+    for wrong, message in (
+        (VirtualRuntime(1, cluster(2)), "made"),
+        (VirtualRuntime(1, cluster(2, 2)), "same order"),
+    ):
+        workers(wrong, 3 if message == "same order" else 2)
+        with pytest.raises(ValueError, match=message):
+            wrong.load_state_dict(state)
 
 
 # -- waiting -------------------------------------------------------------------------------
