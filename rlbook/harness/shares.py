@@ -10,8 +10,8 @@ from rlbook.parts.timeline import DRIVER, Timeline
 
 SLOW = 1.5
 """A straggler's calls take at least so many times as long as its peers' median."""
-PAUSE = 0.25
-"""Shorter pauses, in mean calls, are between two calls of one burst of work."""
+TOGETHER = 0.25
+"""Calls that begin within so many mean calls of each other begin together."""
 
 
 class Shares(NamedTuple):
@@ -56,46 +56,50 @@ def _shares(
     processes = np.unique(who)
     whole = max((last - first) * len(processes), 1e-12)
     work = [float((ends - starts)[who == one].sum()) for one in processes]
-    calls = [np.sort(starts[who == one]) for one in processes]
-    bursts = [_bursts(starts[who == one], ends[who == one]) for one in processes]
-    together = PAUSE * float((ends - starts).mean())
-    begins = np.sort(np.concatenate([b for b, _ in bursts]))
-    order = np.argsort(np.concatenate([b for b, _ in bursts]), kind="stable")
-    latest = np.maximum.accumulate(np.concatenate([e for _, e in bursts])[order])
-    waiting = other = 0.0
-    for (begun, ended), own in zip(bursts, calls, strict=True):
-        # Idle from each burst's end to the next one's begin; before the first nobody is waited for.
-        resumed = np.append(begun[1:], last)
-        later = np.searchsorted(begins, ended, side="right")
-        next_begin = np.append(begins, last)[later]
-        until = np.minimum(np.minimum(next_begin, latest[later - 1]), resumed)
-        # Only those who go on together (half of the peers at least) have waited for each other.
-        peers = _count(np.sort(starts), resumed, together) - _count(own, resumed, together)
-        barrier = (2 * peers >= len(processes) - 1) & (resumed < last)
-        until = np.where(barrier, np.maximum(until, ended), ended)
-        waiting += float((until - ended).sum())
-        other += float((others(resumed) - others(until)).sum() + others(begun[0]) - others(first))
+    ended, until, resumed = _pauses(who, starts, ends, last)
+    before = [float(others(starts[who == one].min()) - others(first)) for one in processes]
     mine = min(1.0, sum(work) / whole)
-    waited, elsewhere = waiting / whole, other / whole
-    wire = max(0.0, 1.0 - mine - waited - elsewhere)
+    waiting = float((until - ended).sum()) / whole
+    other = (float((others(resumed) - others(until)).sum()) + sum(before)) / whole
+    wire = max(0.0, 1.0 - mine - waiting - other)
     busiest = min(1.0, max(work) / (last - first)) if last > first else 0.0
     union = float(_busy_until(starts, ends)(last)) / max(last - first, 1e-12)
-    return Shares(mine, waited, elsewhere, wire, busiest, union, len(processes))
+    return Shares(mine, waiting, other, wire, busiest, union, len(processes))
+
+
+def _pauses(
+    who: np.ndarray, starts: np.ndarray, ends: np.ndarray, last: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """After each call `[n]`: when it ended, until when slower peers were waited for, when its
+    process resumed work.
+
+    Peers wait for each other where they go on together; elsewhere `until` is the call's end.
+    """
+    order = np.argsort(starts, kind="stable")
+    begins, latest = starts[order], np.maximum.accumulate(ends[order])
+    together = TOGETHER * float((ends - starts).mean())
+    processes = np.unique(who)
+    pauses = []
+    for one in processes:
+        calls = order[who[order] == one]
+        own, ended = starts[calls], np.maximum.accumulate(ends[calls])
+        resumed = np.maximum(np.append(own[1:], last), ended)
+        peers = _count(begins, resumed, together) - _count(own, resumed, together)
+        barrier = (2 * peers >= len(processes) - 1) & (resumed < last)
+        earlier = np.searchsorted(begins, resumed - together)
+        slowest = np.minimum(latest[np.maximum(earlier, 1) - 1], resumed)
+        pauses.append((ended, np.maximum(slowest, ended), resumed, barrier))
+    ended, until, resumed, barrier = (np.concatenate(c) for c in zip(*pauses, strict=True))
+    idle = resumed - ended
+    if 2.0 * idle[barrier].sum() < idle.sum():
+        return ended, ended, resumed  # most go on alone: that some begin together is chance
+    return ended, np.where(barrier, until, ended), resumed
 
 
 def _count(times: np.ndarray, at: np.ndarray, within: float) -> np.ndarray:
     """How many of the sorted times are at most `within` away from each of `at`."""
     right = np.searchsorted(times, at + within, side="right")
     return right - np.searchsorted(times, at - within, side="left")
-
-
-def _bursts(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Begins and ends of stretches of work: calls with hardly a pause between them are one."""
-    order = np.argsort(starts, kind="stable")
-    starts, ends = starts[order], np.maximum.accumulate(ends[order])
-    pause = PAUSE * float((ends - starts).mean())
-    new = np.append(True, starts[1:] - ends[:-1] > pause)
-    return starts[new], ends[np.append(new[1:], True)]
 
 
 def _busy_until(starts: np.ndarray, ends: np.ndarray) -> Any:
