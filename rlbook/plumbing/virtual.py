@@ -221,7 +221,6 @@ class VirtualRuntime:
         self._catch_up()
         if state["made"] != self._made:
             raise ValueError(f"the saved run made {state['made']}, this one {dict(self._made)}")
-        cancel_crashes(self._simulator)
         await_births(self._simulator, self.now, again=True)
         restore(self._simulator, state["simulator"])
         self.now, self._calls = state["now"], state["calls"]

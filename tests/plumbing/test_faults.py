@@ -47,7 +47,7 @@ def made(runtime: RayRuntime, name: str, count: int) -> tuple[list[Any], list[in
 
 @pytest.mark.parametrize("busy", [False, True])
 def test_one_of_its_class_dies_and_no_other(runtime: RayRuntime, busy: bool) -> None:
-    others, _ = made(runtime, "Worker", 1)
+    others, _ = made(runtime, "Work_er_too", 1)
     more, _ = made(runtime, "Work", 1)
     actors, pids = made(runtime, "Work_er", 3)
     assert [process.pid for process in processes("Work_er")] == pids

@@ -608,6 +608,7 @@ def test_a_run_that_is_loaded_goes_on_as_the_one_that_was_saved(
         save_checkpoint(tmp_path / "state", saved)  # plain values and arrays
         resumed = Driver(seed, actors, load_checkpoint(tmp_path / "state"))
         assert resumed.runtime.now == whole.runtime.now
+        assert len(resumed.runtime.timeline()) == 0
     assert downs > 2 and any(value == -1 for value, *_ in whole.seen)
     assert list(plain.runtime.timeline()) == list(whole.runtime.timeline())
 
@@ -636,6 +637,61 @@ def test_a_promised_core_and_an_actor_in_line_are_saved_too() -> None:
         assert runtime.get([other.work.remote(1.0), one.work.remote(1.0)]) == [1, 1]
         ends.append((runtime.now, worked(runtime)[-2:]))
     assert ends[0] == ends[1]
+
+
+def test_an_actor_that_could_not_be_restarted_stays_dead() -> None:
+    class Once:
+        broken = False
+
+        def __init__(self) -> None:
+            if Once.broken:
+                raise OSError("its file is gone")
+
+        def work(self) -> int:
+            return 1
+
+    def begun() -> tuple[VirtualRuntime, Any]:
+        Once.broken = False
+        crash = Crash("Once 0", at_s=1.0, restart_s=1.0)
+        runtime = VirtualRuntime(1, cluster(1, crashes=(crash,)))
+        return runtime, runtime.remote(Once, costs={"work": 0.5}).remote()
+
+    runtime, actor = begun()
+    assert runtime.get(actor.work.remote()) == 1
+    Once.broken = True
+    runtime.get(runtime.remote(abs, costs=3.0).remote(1))
+    state = runtime.state_dict()
+    for resumed in (False, True):
+        if resumed:
+            runtime, actor = begun()
+            runtime.load_state_dict(state)
+        with pytest.raises(ActorDiedError, match="file is gone"):
+            runtime.get(actor.work.remote())
+
+
+def test_a_constructor_that_a_crash_cut_off_is_nobodys_call() -> None:
+    crashes = Crash("Worker 0", at_s=1.0, restart_s=0.0), Crash("Worker 0", at_s=1.125)
+    runtime = VirtualRuntime(1, cluster(crashes=crashes))
+    workers(runtime, 1, {"__init__": 0.25})
+    runtime.get(runtime.remote(abs, costs=1.125 + L / 2 - 2 * L).remote(1))
+    assert runtime.now == 1.125 + L / 2  # its failure is still on its way
+    assert runtime.state_dict()["now"] == runtime.now
+
+
+def test_noise_goes_on_where_it_was_however_long_the_run() -> None:
+    def begun() -> tuple[VirtualRuntime, Any]:
+        runtime = VirtualRuntime(1, cluster(jitter=1.0), hollow=True)
+        return runtime, workers(runtime, 1, {"work": 1.0})[0]
+
+    def go_on(runtime: VirtualRuntime, actor: Any, calls: int) -> float:
+        return runtime.get([actor.work.remote() for _ in range(calls)]) and runtime.now
+
+    whole = begun()
+    go_on(*whole, 5000)  # more than are drawn at once
+    state = whole[0].state_dict()
+    resumed = begun()
+    resumed[0].load_state_dict(state)
+    assert go_on(*whole, 5000) == go_on(*resumed, 5000) > state["now"]
 
 
 def test_saving_waits_for_calls_and_loading_for_the_same_actors() -> None:
