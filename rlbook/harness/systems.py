@@ -6,5 +6,6 @@ SYSTEMS = {
     "dqn": "deep Q-networks: replay, target, double, dueling, n-step, prioritised (chapter 03)",
     "policy_gradient": "REINFORCE, REINFORCE with a baseline, A2C (chapter 04)",
     "ppo": "proximal policy optimisation with GAE (chapter 04)",
+    "parameter_server": "A2C through a sharded parameter server: sync, async, bounded (chapter 06)",
 }
 """Module stem → one line about it."""

@@ -202,7 +202,8 @@ class Envs:
             self.reset(seed=int(state["seed"]) + 1_000_003)
             return
         restore(self.vector_env, state["env"])
-        self.env_output = EnvOutput(**state["output"])
+        # Copies: what comes from another process is read-only.
+        self.env_output = EnvOutput(**{name: x.copy() for name, x in state["output"].items()})
         self._ended = state["ended"].copy()
         self._returns = state["returns"].copy()
         self._lengths = state["lengths"].copy()

@@ -1,0 +1,142 @@
+"""Workers that compute gradients for a parameter server, as their driver holds them.
+
+    start(i, weights)  ──► worker i: gradient ──► (report, pieces)      in_flight: report ──► who
+    may_start(i)           the rule: so many at once, nobody too far ahead of the slowest
+    first()            ◄── whoever is first; a dead one is replaced, a dead shard revived
+    combine(gradients) ──► local servers add up the gradients of a group
+
+A worker is a plain class with ``gradient(*weights) -> (report, *pieces)``, ``alive()``,
+``state_dict()`` and ``load_state_dict()``.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rlbook.plumbing.param_server import ParameterServer, alive
+from rlbook.plumbing.runtime import ActorDiedError, Reference, Runtime
+from rlbook.plumbing.shard import Aggregator
+
+
+class Answer(NamedTuple):
+    """What a worker has finished."""
+
+    worker: int
+    report: Any
+    pieces: list[Reference]
+    """Of its gradient, one for each shard; they have not come to the driver."""
+
+
+class Team:
+    """Who is asked for what, and who has finished how much.
+
+    Args:
+        runtime: where they live.
+        make_worker: (index, how many died in this place) → a new worker's handle.
+        server: where the gradients go.
+        size: N.
+        calls_in_flight: gradients asked of one worker at a time; with 2 it has its next task while
+            its last answer travels, at the price of one more version of staleness.
+        bound: rounds that a worker may be ahead of the slowest (stale synchronous parallel, Ho et
+            al., 2013); None sets no bound.
+        clients: pull by name, so that parameters come as differences.
+        groups: local servers between workers and shards; 0 for none.
+        codec: of what local servers send on.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        make_worker: Callable[[int, int], Any],
+        server: ParameterServer,
+        *,
+        size: int,
+        calls_in_flight: int = 1,
+        bound: int | None = None,
+        clients: bool = False,
+        groups: int = 0,
+        codec: str = "none",
+    ) -> None:
+        self.runtime, self.server, self._make_worker = runtime, server, make_worker
+        self.calls_in_flight, self.bound, self.clients = calls_in_flight, bound, clients
+        self.workers = [make_worker(index, 0) for index in range(size)]
+        self.locals = [
+            runtime.remote(Aggregator).remote(len(server.shards), codec) for _ in range(groups)
+        ]
+        self.born = [0] * size
+        self.rounds = [0] * size
+        """Gradients that each worker has finished."""
+        self.failures = self._in_a_row = 0
+        self.in_flight: dict[Reference, tuple[int, list[Reference]]] = {}
+        """Report → (who, pieces of the gradient)."""
+
+    def client(self, index: int) -> str | None:
+        """The name by which a worker pulls. After a failure nobody knows what arrived: then all
+        pull under new names, and are sent everything.
+        """
+        return f"{index}, {self.failures} failures" if self.clients else None
+
+    def start(self, index: int, weights: list[Reference]) -> None:
+        """Hands parameters to a worker and asks it for a gradient."""
+        ask = self.workers[index].gradient.options(num_returns=1 + len(self.server.shards))
+        report, *pieces = ask.remote(*weights)
+        self.in_flight[report] = (index, pieces)
+
+    def may_start(self, index: int) -> bool:
+        """Whether the rule lets a worker begin another round."""
+        asked = sum(who == index for who, _ in self.in_flight.values())
+        if asked >= self.calls_in_flight:
+            return False
+        ahead = self.rounds[index] + asked - min(self.rounds)
+        return self.bound is None or ahead <= self.bound
+
+    def first(self) -> Answer | None:
+        """Waits for the first report; None if a process died: a new one is then in its place.
+
+        Only what the dead worker had in hand is lost. ActorDiedError if nobody lives long enough
+        to answer.
+        """
+        (reference,), _ = self.runtime.wait(self.in_flight)
+        index, pieces = self.in_flight.pop(reference)
+        try:
+            report = self.runtime.get(reference)
+        except ActorDiedError:
+            self.failures += 1
+            self._in_a_row += 1
+            if self._in_a_row > 10 * len(self.workers):
+                raise  # nothing but failures: something else is wrong
+            self.server.revive()
+            if not alive(self.runtime, self.workers[index]):
+                self.born[index] += 1
+                self.workers[index] = self._make_worker(index, self.born[index])
+            return None
+        self.rounds[index] += 1
+        self._in_a_row = 0
+        return Answer(index, report, pieces)
+
+    def combine(self, gradients: list[list[Reference]]) -> list[list[Reference]]:
+        """One gradient from each local server; without any, the gradients as they are."""
+        if not self.locals:
+            return gradients
+        shards, combined = len(self.server.shards), []
+        groups = np.array_split(np.arange(len(gradients)), len(self.locals))
+        for local, group in zip(self.locals, groups, strict=True):
+            if len(group):
+                pieces = [piece for index in group for piece in gradients[index]]
+                answer = local.combine.options(num_returns=shards).remote(*pieces)
+                combined.append(answer if shards > 1 else [answer])
+        return combined
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of every worker."""
+        with self.runtime.off_the_clock():
+            states = self.runtime.get([worker.state_dict.remote() for worker in self.workers])
+        return {"workers": states, "rounds": list(self.rounds), "failures": self.failures}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state_dict`."""
+        pairs = zip(self.workers, state["workers"], strict=True)
+        with self.runtime.off_the_clock():
+            self.runtime.get([worker.load_state_dict.remote(kept) for worker, kept in pairs])
+        self.rounds, self.failures = list(state["rounds"]), state["failures"]
