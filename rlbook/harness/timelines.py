@@ -90,8 +90,11 @@ def _stretch(timeline: Timeline, start: float | None, end: float | None) -> tupl
     """The time to show; ValueError if it is none."""
     _, _, starts, ends = timeline.columns()
     left, right = float(starts.min()), float(ends.max())
-    if start is None and end is None and len(timeline) > SHOWN_SPANS:
-        # The middle of the time, not of the calls: half of them may come in the first moments.
+    work = [span for span in timeline if not span.waiting and span.what != "__init__"]
+    if start is None and end is None and work and len(timeline) > SHOWN_SPANS:
+        # The middle of the time, not of the calls: half of them may come in the first moments;
+        # and of the time of work: on Ray it takes seconds until all processes are there.
+        left, right = min(span.start for span in work), max(span.end for span in work)
         order = np.sort(starts)
         middle = int(np.searchsorted(order, (left + right) / 2))
         first = min(max(0, middle - SHOWN_SPANS // 2), len(order) - SHOWN_SPANS)

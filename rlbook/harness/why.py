@@ -67,6 +67,7 @@ def explain(
         return _from_metrics(numbers, config)
     kind, cause = _bottleneck(found)
     bound: Bound = cause if cause != "work" else _activity(kind, timeline, numbers)  # type: ignore[assignment]
+    guess = _guessed(kind, numbers) if cause == "work" else []
     slow = stragglers(timeline)
     sentences = [_verdict(bound, kind, found[kind])]
     sentences += [_spent(name, share) for name, share in found.items()]
@@ -77,7 +78,7 @@ def explain(
     ]
     return Diagnosis(
         bound,
-        (*sentences, *_division(numbers), *_traffic(numbers)),
+        (*sentences, *_division(numbers), *guess, *_traffic(numbers)),
         _advice(bound, kind, config, numbers, slow),
     )
 
@@ -175,6 +176,16 @@ def _division(numbers: Mapping[str, float]) -> list[str]:
     """What the acting processes' work consists of."""
     parts = [f"{_percent(numbers[n])} {word}" for n, (_, word) in PARTS.items() if n in numbers]
     return [f"Of the time of those who act: {', '.join(parts)}."] if parts else []
+
+
+def _guessed(kind: str, numbers: Mapping[str, float]) -> list[str]:
+    """That the verdict rests on names alone, where it does."""
+    if SERVING.search(kind) or INFERRING.search(kind) or any(name in numbers for name in PARTS):
+        return []
+    return [
+        f"What the {kind} works at is guessed from its methods' names: the run has none of"
+        f" {', '.join(PARTS)}."
+    ]
 
 
 def _traffic(numbers: Mapping[str, float]) -> list[str]:

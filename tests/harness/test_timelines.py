@@ -91,6 +91,14 @@ def test_a_long_run_shows_some_eighty_spans_of_its_middle() -> None:
     assert 60 <= len(bars(axes)) <= 100
 
 
+def test_the_time_in_which_processes_start_is_not_the_middle_of_a_run() -> None:
+    spans = [(DRIVER, "wait", 0.0, 20.0), ("Shard 0", "__init__", 5.0, 19.0)]
+    spans += [("Worker 0", "unroll", 20.0 + k / 100, 20.009 + k / 100) for k in range(200)]
+    (axes,) = draw_timeline(spans).axes
+    left, right = axes.get_xlim()
+    assert 20_500 < left < 21_000 < right < 21_500, "in milliseconds"
+
+
 def test_more_methods_than_colours_share_the_grey() -> None:
     spans = [("Worker 0", f"method {k}", float(k), k + 1.0 - 0.01 * k) for k in range(12)]
     (axes,) = draw_timeline(spans).axes

@@ -89,7 +89,9 @@ def test_the_metrics_divide_the_workers_work(part: str, bound: str, word: str) -
 def test_without_metrics_the_names_of_methods_divide_it(method: str, bound: str) -> None:
     spans = streams(2, 0.9, 0.1, 0.01)
     spans = [(a, method if b == "unroll" else b, c, d) for a, b, c, d in spans]
-    assert explain(spans, {}, CONFIG).bound_by == bound
+    guessed = explain(spans, {}, CONFIG)
+    assert guessed.bound_by == bound and "is guessed from its methods' names" in str(guessed)
+    assert "guessed" not in str(explain(spans, SPLIT, CONFIG))
 
 
 def test_a_server_for_inference_that_never_rests() -> None:
