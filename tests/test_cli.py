@@ -6,21 +6,14 @@ import resource
 import signal
 import subprocess
 import sys
-from collections import Counter
-from dataclasses import dataclass
-from types import ModuleType
 
 import pytest
 
 from rlbook import ppo
 from rlbook.cli import main
 from rlbook.harness.checkpoint import load_checkpoint, save_checkpoint
-from rlbook.harness.run import Result, Run
-from rlbook.harness.systems import SYSTEMS
-from rlbook.parts.envs import make_envs
-from rlbook.parts.networks import SamplingPolicy
+from rlbook.harness.run import Result
 from rlbook.parts.timeline import Timeline
-from rlbook.plumbing.virtual import VirtualRuntime
 from tests.counters import register
 from tests.runs import assert_same_run, rlbook, wait_for
 
@@ -97,70 +90,31 @@ def test_a_custom_continuous_environment_is_refused(tmp_path, monkeypatch, capsy
     assert list(tmp_path.iterdir()) == []
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rounds(ppo.Config):
-    """Settings of a system with processes."""
-
-    runtime: str = "virtual"
+SHORT = "--env-id rlbook/Catch-v0 --runtime virtual --total-env-steps 4000"
 
 
-class Worker:
-    """Works."""
-
-    def work(self) -> int:
-        """One step."""
-        return 1
-
-
-def train_in_rounds(config: Rounds) -> Result:
-    """Two workers on the virtual clock whose steps are counted; a network that never learns."""
-    network = ppo.make_network(config, make_envs(config.env_id, 1, 1))
-    parts = {"learner": ppo.Learner(network, config)}
-    with VirtualRuntime(config.seed) as runtime:
-        target = runtime.remote(Worker, costs={"work": 0.01})
-        workers = [target.remote() for _ in range(2)]
-        clock = lambda: runtime.now  # noqa: E731
-        with Run("rounds", config, SamplingPolicy(network), parts, clock) as run:
-            while run.running():
-                steps = runtime.get([worker.work.remote() for worker in workers])
-                run.record(env_steps=sum(steps))
-        run.trace(runtime.timeline())
-    return run.result()
-
-
-@pytest.fixture
-def rounds(monkeypatch):
-    module = ModuleType("rlbook.rounds")
-    vars(module).update(Config=Rounds, train=train_in_rounds, load_policy=ppo.load_policy)
-    monkeypatch.setitem(sys.modules, "rlbook.rounds", module)
-    monkeypatch.setitem(SYSTEMS, "rounds", "workers on a virtual clock")
-
-
-def test_trace_and_why_of_a_system_with_processes(rounds, tmp_path, monkeypatch, capsys):
+def test_trace_and_why_of_a_system_with_processes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = (
-        "train rounds --env-id rlbook/Catch-v0 --total-env-steps 20 --run-dir run --trace t.json"
-    )
+    words = f"train parameter_server {SHORT} --run-dir run --trace t.json"
     assert main(words.split()) == 0
     assert "who worked on what: t.json" in capsys.readouterr().out
     spans = Timeline.read("t.json")
-    assert Counter(span.who for span in spans if span.what == "work") == {
-        "Worker 0": 10,
-        "Worker 1": 10,
-    }
+    assert {"driver", "Shard 0", "Worker 0", "Worker 1"} <= {span.who for span in spans}
     assert (tmp_path / "run" / "trace.json").read_bytes() == (tmp_path / "t.json").read_bytes()
+    result = Result.load("run")
+    assert result.wall_time_s <= max(span.end for span in spans), "seconds of one virtual clock"
     assert main(["why", "run"]) == 0
     told = capsys.readouterr().out
-    assert told.startswith("Bound by the environments: the Workers worked 8")
-    assert "What to change:\n- more copies" in told
+    assert told.rstrip("\n") == str(result.why())
+    assert told.startswith("Bound by ") and "What to change:\n- " in told
 
 
 @pytest.mark.parametrize("file", [".", "nowhere/trace.json"])
 def test_a_trace_that_cannot_be_written_is_refused_before_training(
-    file, rounds, tmp_path, monkeypatch, capsys
+    file, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    assert main(["train", "rounds", "--trace", file]) == 2
+    assert main(["train", "parameter_server", *SHORT.split(), "--trace", file]) == 2
     assert f"trace: {file} is no file in a folder that exists" in one_line(capsys.readouterr())
     assert list(tmp_path.iterdir()) == []
 
