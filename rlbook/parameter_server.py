@@ -25,9 +25,10 @@ before it is compressed. Adam at the server, where DistBelief has AdaGrad.
 Book: chapter 06
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -35,19 +36,20 @@ import torch
 from torch import Tensor, nn
 
 from rlbook.data import AgentOutput, Unroll
-from rlbook.harness.config import RunConfig, at_least, one_of, within
+from rlbook.harness.config import RunConfig, accepted, at_least, one_of, within
 from rlbook.harness.run import Result, Run
 from rlbook.maths.losses import entropy_loss, policy_gradient_loss, value_loss
 from rlbook.maths.returns import lambda_returns
 from rlbook.parts.envs import Envs, Episode, make_envs, require_discrete
 from rlbook.parts.flat import Flat
+from rlbook.parts.meter import Meter
 from rlbook.parts.networks import ActorCritic, LivePolicy, SamplingPolicy, sample_action
 from rlbook.parts.unroll import collect_unroll
 from rlbook.plumbing.cluster import Cluster, Node
 from rlbook.plumbing.codecs import DeltaDecoder, ErrorFeedback, Identity, decode, make_codec
 from rlbook.plumbing.gate import Gate
 from rlbook.plumbing.param_server import ParameterServer, shard_bounds
-from rlbook.plumbing.runtime import Runtime, make_runtime
+from rlbook.plumbing.runtime import RayRuntime, Runtime, make_runtime
 from rlbook.plumbing.shard import Gradient, Receipt, ServerSettings, Shard, Weights
 from rlbook.plumbing.team import Team
 from rlbook.plumbing.virtual import StandIn
@@ -116,11 +118,7 @@ class Config(RunConfig):
                 f" {self.num_groups} with {self.update_rule!r} and {self.num_workers} workers"
             )
         Gate(self.max_staleness, self.max_sigmas)
-        for field in ("compression", "weights_compression"):
-            try:
-                make_codec(getattr(self, field))
-            except ValueError as error:
-                raise ValueError(f"{field}: {error}") from error
+        accepted(self, make_codec, "compression", "weights_compression")
 
     @property
     def all_envs(self) -> int:
@@ -128,12 +126,20 @@ class Config(RunConfig):
         return self.num_workers * self.num_envs
 
 
+CATCH = Config(
+    env_id="rlbook/Catch-v0",
+    num_envs=8,
+    unroll_length=9,
+    learning_rate=2e-3,
+    entropy_cost=0.01,
+    total_env_steps=100_000,
+)
 PRESETS = {
     "default": Config(),
     "sync": Config(update_rule="sync"),
-    "bounded": Config(update_rule="bounded", calls_in_flight=1),
-    "catch": Config(env_id="rlbook/Catch-v0", unroll_length=9, entropy_cost=0.01),
-    "compressed": Config(env_id="rlbook/Catch-v0", unroll_length=9, compression="topk:0.01+fp16"),
+    "bounded": Config(update_rule="bounded"),
+    "catch": CATCH,
+    "compressed": replace(CATCH, compression="topk:0.01+fp16"),
 }
 
 COSTS = {"env_step": 12e-6, "inference": 60e-6, "learn": 1.6e-3, "apply": 0.1e-3, "copy": 0.02e-3}
@@ -184,9 +190,10 @@ class Worker:
         config: of the system.
         index: worker 0 draws as the single process of chapter 04 does.
         born: how many workers were in this place before (they died): a new one draws anew.
+        metered: report where the time went (of the wall, so never on a virtual clock).
     """
 
-    def __init__(self, config: Config, index: int, born: int = 0) -> None:
+    def __init__(self, config: Config, index: int, born: int = 0, metered: bool = False) -> None:
         torch.set_num_threads(1)
         seed = config.seed + 1_000 * index + 1_000_000 * born
         self.config = config
@@ -197,21 +204,26 @@ class Worker:
         self.bounds = shard_bounds(len(self.flat.vector), config.num_shards)
         self.encoders = [ErrorFeedback(make_codec(config.compression)) for _ in self.bounds]
         self.decoders = [DeltaDecoder() for _ in self.bounds]
+        self.meter = Meter(metered)
+        self.meter.watch(self.envs, "step", "env")
+        self.meter.watch(self, "act", "inference")
+        self.meter.watch(self, "differentiate", "gradient")
 
     def gradient(self, *weights: Weights) -> tuple[Report | Gradient, ...]:
         """T steps of B copies with these parameters: a report, then the gradient's k pieces."""
+        self.meter.begin()
         self._load(weights)
         unroll = collect_unroll(self.envs, self.act, self.config.unroll_length)
         norm, metrics = self.differentiate(unroll)
-        samples = int(unroll.valid.sum())
+        samples, received = int(unroll.valid.sum()), sum(len(w.blob) for w in weights)
         pieces = [
             Gradient(encoder.encode(self.flat.gradients[a:b].numpy()), w.version, samples, norm)
             for encoder, w, (a, b) in zip(self.encoders, weights, self.bounds, strict=True)
         ]
         metrics["bytes_sent"] = float(sum(len(piece.blob) for piece in pieces))
-        received = sum(len(w.blob) for w in weights)
         metrics["bytes_per_env_step"] = (metrics["bytes_sent"] + received) / max(samples, 1)
-        return Report(samples, self.envs.episodes(), metrics), *pieces
+        report = Report(samples, self.envs.episodes(), {**metrics, **self.meter.fractions()})
+        return report, *pieces
 
     def alive(self) -> bool:
         """True; a call that only a living process answers."""
@@ -274,11 +286,7 @@ def synchronous(team: Team, server: ParameterServer) -> Turn:
     whole = None if team.clients else server.pull()
     for index in range(len(team.workers)):
         team.start(index, whole or server.pull(team.client(index)))
-    answers = []
-    while team.in_flight:
-        if (answer := team.first()) is not None:
-            answers.append(answer)
-    answers.sort(key=lambda answer: answer.worker)  # floats are added in the same order every time
+    answers = team.rest()  # by worker: floats are added in the same order every time
     if answers:
         server.push_together(team.combine([answer.pieces for answer in answers]))
     return [answer.report for answer in answers], server.receipts()
@@ -286,13 +294,11 @@ def synchronous(team: Team, server: ParameterServer) -> Turn:
 
 def drain(team: Team, server: ParameterServer) -> Turn:
     """Waits for all that is in flight and applies it."""
-    reports = []
-    while team.in_flight:
-        if (answer := team.first()) is not None:
-            server.push(answer.pieces)
-            reports.append(answer.report)
+    answers = team.rest()
+    for answer in answers:
+        server.push(answer.pieces)
     server.settle()
-    return reports, server.receipts()
+    return [answer.report for answer in answers], server.receipts()
 
 
 def book(run: Run, reports: list[Report], receipts: list[Receipt]) -> None:
@@ -300,13 +306,11 @@ def book(run: Run, reports: list[Report], receipts: list[Receipt]) -> None:
     ages = [age for receipt in receipts for age in receipt.staleness]
     refused = [reason for receipt in receipts for reason in receipt.refused if reason]
     for name, values in (("staleness", ages), ("refused", refused)):
-        counts = run.extra.setdefault(name, {})
-        for value in values:
-            counts[value] = counts.get(value, 0) + 1
+        run.extra[name] = dict(Counter(run.extra.get(name, {})) + Counter(values))
     names = reports[0].metrics if reports else {}
     metrics = {name: float(np.mean([r.metrics[name] for r in reports])) for name in names}
     if ages:
-        metrics["staleness_mean"] = float(np.mean(ages))
+        metrics |= {"staleness_mean": float(np.mean(ages)), "staleness_max": max(ages)}
         metrics["gradients_rejected"] = len(refused) / len(ages)
     run.record(
         env_steps=sum(report.env_steps for report in reports),
@@ -349,7 +353,7 @@ def make_team(
     )
     return Team(
         runtime,
-        lambda index, born: remote.remote(config, index, born),
+        lambda index, born: remote.remote(config, index, born, isinstance(runtime, RayRuntime)),
         server,
         size=config.num_workers,
         calls_in_flight=config.calls_in_flight,
@@ -413,6 +417,7 @@ def train(config: Config, runtime: Runtime | None = None) -> Result:
         parameters = flat.vector.numpy()
         server = make_server(rt, config, parameters)
         team = make_team(rt, config, server, parameters)
+        team.settle()  # the clock of the run begins when everybody is there
         policy = LivePolicy(network, lambda: np.copyto(parameters, server.weights()))
         parts = {"server": server, "team": team, "runtime": rt}
         turn = synchronous if config.update_rule == "sync" else asynchronous

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,7 +53,7 @@ class RunConfig(BaseConfig):
     log_every_env_steps: int = 5_000
     """One row of metrics for so many environment steps."""
     checkpoint_every_s: float = 60.0
-    """Seconds between checkpoints (with a run folder); one more at the end."""
+    """Seconds of training between checkpoints (with a run folder); one more at the end."""
     torch_threads: int = 1
     """Threads of PyTorch in this process; small networks are fastest with 1."""
 
@@ -109,6 +110,15 @@ def one_of(config: Any, field: str, allowed: tuple[str, ...]) -> None:
     value = getattr(config, field)
     if value not in allowed:
         raise ValueError(f"{field}: must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def accepted(config: Any, make: Callable[[Any], object], *fields: str) -> None:
+    """ValueError, with the field's name before its words, where `make(value)` raises one."""
+    for field in fields:
+        try:
+            make(getattr(config, field))
+        except ValueError as error:
+            raise ValueError(f"{field}: {error}") from error
 
 
 def config_to_json(config: BaseConfig) -> dict[str, Any]:

@@ -115,6 +115,19 @@ class Team:
         self._in_a_row = 0
         return Answer(index, report, pieces)
 
+    def rest(self) -> list[Answer]:
+        """Waits for all that is in flight: the answers in the order of workers."""
+        answers = []
+        while self.in_flight:
+            if (answer := self.first()) is not None:
+                answers.append(answer)
+        return sorted(answers, key=lambda answer: answer.worker)
+
+    def settle(self) -> None:
+        """Waits until all workers and shards are there and have done what they were told."""
+        self.runtime.get([worker.alive.remote() for worker in self.workers])
+        self.server.settle()
+
     def combine(self, gradients: list[list[Reference]]) -> list[list[Reference]]:
         """One gradient from each local server; without any, the gradients as they are."""
         if not self.locals:
