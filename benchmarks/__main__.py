@@ -3,11 +3,21 @@
 import time
 from collections.abc import Sequence
 
-from benchmarks import codecs, envs, imports, rate, replay, solve, value_iteration, virtual
+from benchmarks import (
+    codecs,
+    envs,
+    imports,
+    parameter_server,
+    rate,
+    replay,
+    solve,
+    value_iteration,
+    virtual,
+)
 from benchmarks.common import LOAD_BEFORE, parser
 from rlbook.harness.records import machine
 
-ALL = (imports, value_iteration, replay, codecs, virtual, envs, rate, solve)
+ALL = (imports, value_iteration, replay, codecs, virtual, envs, rate, parameter_server, solve)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

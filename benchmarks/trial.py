@@ -14,7 +14,12 @@ from typing import Any
 from rlbook.harness.records import peak_memory_mb
 from rlbook.harness.run import Result, system_module
 
-MODULES = {"ppo": "ppo", "a2c": "policy_gradient", "dqn": "dqn"}
+MODULES = {
+    "ppo": "ppo",
+    "a2c": "policy_gradient",
+    "dqn": "dqn",
+    "parameter_server": "parameter_server",
+}
 """Name in the tables → module whose default preset it is."""
 
 PILOT_STEPS = 20_000

@@ -13,6 +13,7 @@ from benchmarks import (
     common,
     envs,
     imports,
+    parameter_server,
     peer,
     rate,
     replay,
@@ -208,3 +209,9 @@ def test_a_quick_run_leaves_the_stored_results_alone() -> None:
     options = common.parser("").parse_args(["--quick"])
     assert common.keep("never", [], [], options) is None
     assert not (common.RESULTS / "never.json").exists()
+
+
+def test_parameter_server(tmp_path: Path) -> None:
+    rows = written(parameter_server, tmp_path)["rows"]
+    assert [row["codec"] for row in rows] == list(parameter_server.CODECS)
+    assert rows[0]["times fewer"] == 1 and rows[-1]["times fewer"] > 50
