@@ -279,6 +279,7 @@ def test_a_death_fails_whatever_needs_what_died(
     assert runtime.get([other.add.remote(), third.add.remote()]) == [2, 2]  # they live
     ((array,), _) = runtime.get(other.same.remote(answered))[0][0]  # an answer outlives its maker
     assert array.sum() == 10**6
+    assert len(runtime.timeline()) > 0  # the dead are not waited for
 
 
 def test_state_is_saved_and_loaded(runtime: Runtime, counter: Callable[..., Any]) -> None:
@@ -294,7 +295,8 @@ def test_state_is_saved_and_loaded(runtime: Runtime, counter: Callable[..., Any]
 def test_the_timeline_knows_who_worked_and_who_waited(
     runtime: Runtime, counter: Callable[..., Any]
 ) -> None:
-    one = counter()
+    one, other = counter(), counter()
+    runtime.get([one.add.remote(), other.add.remote()])
     started = runtime.now
     assert runtime.get([one.nap.remote(0.3), one.nap.remote(0.2)]) == [0.3, 0.2]
     waited = runtime.now - started
@@ -302,10 +304,13 @@ def test_the_timeline_knows_who_worked_and_who_waited(
     naps = [span for span in spans if span.what == "nap"]
     assert len(naps) == 2 and len({span.who for span in naps}) == 1
     assert naps[0].who.startswith("Counter ") and naps[0].end <= naps[1].start
+    assert naps[1].end <= runtime.now
     spent = runtime.timeline().totals(started)[naps[0].who]
     assert 0.4 < spent.busy_s < waited
     (get,) = [span for span in spans if span.who == "driver"]
     assert get.what == "get" and get.waiting and 0.4 < get.end - get.start <= waited
+    runtime.get(other.nap.remote(0.0))
+    assert [s.who for s in runtime.timeline() if s.what == "nap"][-1] != naps[0].who
 
 
 def test_a_runtime_by_its_name() -> None:

@@ -73,6 +73,8 @@ def test_verbs():
         with pytest.raises(RuntimeError, match="already runs"), RayRuntime(num_cpus=1):
             pass
     runtime.shutdown()  # once more does nothing
+    noted = {(span.who, span.what) for span in runtime.timeline()}  # but of who is busy
+    assert {("Counter 1", "fail"), ("driver", "get")} <= noted
 
 
 def test_bad_sizes_are_refused():
