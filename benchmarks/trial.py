@@ -11,7 +11,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from rlbook.harness.records import peak_memory_mb
+from rlbook.harness.records import TreeMemory
 from rlbook.harness.run import Result, system_module
 
 MODULES = {
@@ -45,7 +45,7 @@ def for_seconds(system: str, seed: int, seconds: float, env_id: str) -> Result:
     return result
 
 
-def row(system: str, result: Result) -> dict[str, Any]:
+def row(system: str, result: Result, memory_mb: float) -> dict[str, Any]:
     """The run as a row of a table."""
     metrics = result.metrics
     return {
@@ -57,7 +57,7 @@ def row(system: str, result: Result) -> dict[str, Any]:
         "env_steps_per_s": metrics["env_steps_per_s"],
         "evaluation_return_mean": metrics["evaluation_return_mean"],
         "num_envs": result.config.num_envs,
-        "memory_mb": peak_memory_mb(),
+        "memory_mb": memory_mb,
     }
 
 
@@ -71,11 +71,12 @@ def main() -> None:
     what.add_argument("--goal", type=float)
     what.add_argument("--seconds", type=float)
     options = parser.parse_args()
-    if options.goal is not None:
-        result = until_solved(options.system, options.seed, options.goal, options.env_id)
-    else:
-        result = for_seconds(options.system, options.seed, options.seconds, options.env_id)
-    print(json.dumps(row(options.system, result)))
+    with TreeMemory() as memory:
+        if options.goal is not None:
+            result = until_solved(options.system, options.seed, options.goal, options.env_id)
+        else:
+            result = for_seconds(options.system, options.seed, options.seconds, options.env_id)
+    print(json.dumps(row(options.system, result, memory.peak_mb)))
 
 
 if __name__ == "__main__":

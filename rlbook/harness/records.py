@@ -14,10 +14,12 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -100,6 +102,61 @@ def env_ceiling(env_id: str, num_envs: int, seconds: float = 1.0) -> float:
     return taken / spent
 
 
+def env_ceiling_of(config: Any) -> float | None:
+    """What the environments of a config alone can step a second: as many copies in as many
+    processes, side by side. None for a system without environments.
+    """
+    copies, processes = getattr(config, "num_envs", 0), getattr(config, "num_workers", 1)
+    if not copies:
+        return None
+    if processes == 1:
+        return env_ceiling(config.env_id, copies)
+    with get_context("spawn").Pool(processes) as pool:
+        return sum(pool.starmap(env_ceiling, [(config.env_id, copies, 2.0)] * processes))
+
+
+class TreeMemory:
+    """The largest memory of this process and its children together, sampled within the `with`.
+
+    Pages that several of them share count once (Linux's proportional size; elsewhere every process
+    counts them).
+    """
+
+    def __init__(self, every_s: float = 0.25) -> None:
+        self.peak_mb = 0.0
+        self._every_s = every_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            self.peak_mb = max(self.peak_mb, tree_memory_mb())
+            if self._stop.wait(self._every_s):
+                return
+
+
+def tree_memory_mb() -> float:
+    """Memory of this process and its children now, in MB."""
+    import psutil
+
+    total, me = 0, psutil.Process()
+    for process in (me, *me.children(recursive=True)):
+        try:
+            memory = process.memory_full_info()
+            total += getattr(memory, "pss", memory.rss)
+        except psutil.Error:  # it ended meanwhile, or is not ours to look at
+            continue
+    return total / 1e6
+
+
 def peak_memory_mb() -> float:
     """Largest memory that this process has held, in MB."""
     unit = 1 if sys.platform == "darwin" else 1024
@@ -117,7 +174,7 @@ def make_record(folder: Path, system: str, config: Any, seeds: int, command: str
     if seeds < 1:
         raise ValueError(f"seeds: must be at least 1, got {seeds}")
     results = []
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, TreeMemory() as memory:
         for index in range(seeds):
             run_dir = str(Path(scratch) / f"seed{index}")
             seeded = replace(config, seed=config.seed + index, run_dir=run_dir)
@@ -127,8 +184,7 @@ def make_record(folder: Path, system: str, config: Any, seeds: int, command: str
         folder.mkdir(parents=True)
         state = load_checkpoint(Path(scratch) / "seed0" / "checkpoint.npz")
     _keep_policy(folder, state, results[0])
-    copies = getattr(config, "num_envs", 0)
-    ceiling = env_ceiling(config.env_id, copies) if copies else None
+    ceiling = env_ceiling_of(config)
     document = {
         "name": folder.name,
         "system": system,
@@ -137,7 +193,7 @@ def make_record(folder: Path, system: str, config: Any, seeds: int, command: str
         "machine": machine(),
         "versions": versions(),
         "commit": _commit(),
-        "memory_mb": round(peak_memory_mb()),
+        "memory_mb": round(memory.peak_mb),
         "env_ceiling": round(ceiling) if ceiling else None,
         "runs": [{"metrics": result.metrics, "curves": _thin(result.curves)} for result in results],
     }
@@ -165,14 +221,19 @@ def record(name: str) -> Record:
 
 
 def _keep_policy(folder: Path, state: dict[str, Any], result: Result) -> None:
-    parts = {name: part for name, part in state["parts"].items() if name == "learner"}
-    if "learner" in parts:
-        parts["learner"] = {k: v for k, v in parts["learner"].items() if k != "optimizer"}
+    kept = {name: part for name, part in state["parts"].items() if name in ("learner", "server")}
+    parts = _without_optimizer(kept)
     save_checkpoint(folder / "policy.npz", {"system": state["system"], "parts": parts})
     try:
         result.video(folder / "episode.mp4")
     except (ValueError, AttributeError, NotImplementedError):
         (folder / "episode.mp4").unlink(missing_ok=True)
+
+
+def _without_optimizer(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_optimizer(v) for k, v in value.items() if k != "optimizer"}
+    return [_without_optimizer(item) for item in value] if isinstance(value, list) else value
 
 
 def _thin(curves: dict[str, np.ndarray]) -> dict[str, list[float | None]]:

@@ -1,13 +1,26 @@
 """A record holds what is needed to believe and to repeat a run."""
 
 import json
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 
-from rlbook import ppo
+from rlbook import parameter_server, ppo
 from rlbook.harness.checkpoint import load_checkpoint
-from rlbook.harness.records import POINTS, RecordedRun, _thin, make_record, record
+from rlbook.harness.config import BaseConfig
+from rlbook.harness.records import (
+    POINTS,
+    RecordedRun,
+    TreeMemory,
+    _thin,
+    _without_optimizer,
+    env_ceiling_of,
+    make_record,
+    record,
+)
 
 SEEDS = 2
 
@@ -79,3 +92,29 @@ def test_solved_seeds_are_counted(folder, monkeypatch):
     found = record("short")
     found.runs.append(RecordedRun({"stopped_because": "solved"}, {}))
     assert found.solved == 1
+
+
+def test_memory_counts_children_too() -> None:
+    with TreeMemory(every_s=0.05) as alone:
+        time.sleep(0.2)
+    code = "import time; x = bytearray(200_000_000); print('ready', flush=True); time.sleep(30)"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    try:
+        assert child.stdout is not None and child.stdout.readline() == b"ready\n"
+        with TreeMemory(every_s=0.05) as both:
+            time.sleep(0.3)
+    finally:
+        child.kill()
+        child.wait()
+    assert both.peak_mb > alone.peak_mb + 190
+
+
+def test_the_ceiling_is_of_as_many_processes_as_the_system_has() -> None:
+    config = parameter_server.Config(env_id="rlbook/Catch-v0", num_workers=2, num_envs=4)
+    assert env_ceiling_of(config) > 1_000
+    assert env_ceiling_of(BaseConfig()) is None
+
+
+def test_a_policy_is_kept_without_its_optimiser() -> None:
+    state = {"shards": [{"parameters": 1, "optimizer": {"state": 2}}], "optimizer": 3}
+    assert _without_optimizer(state) == {"shards": [{"parameters": 1}]}
