@@ -1,4 +1,4 @@
-"""What it costs to hand bytes to another process, by four roads.
+"""What it costs to hand bytes to another process, by five roads.
 
     shared memory   copied once into pages that both processes see; the reader polls a flag
     pipe            copied into the kernel and out again
