@@ -20,7 +20,7 @@ et al., 2013). Gradients may be compressed with error feedback (Seide et al., 20
 
 Differs from the papers: one driver makes all calls and the servers answer in the order of its
 calls, so that what is pulled from k shards is one consistent state. A worker clips its gradient
-before it is compressed. Adam at the server, where DistBelief has AdaGrad.
+before it is compressed. RMSProp or Adam at the server, where DistBelief has AdaGrad.
 
 Book: chapter 06
 """
@@ -79,8 +79,8 @@ class Config(RunConfig):
     """Codec of the parameters' differences; "none" sends them whole."""
     num_groups: int = 0
     """Local servers that add up gradients, with "sync"; 0 sends each gradient to the shards."""
-    optimizer: Literal["adam", "rmsprop", "adagrad", "sgd"] = "adam"
-    """At the server, its state on the shards."""
+    optimizer: Literal["adam", "rmsprop", "adagrad", "sgd"] = "rmsprop"
+    """At the server, its state on the shards (Mnih et al., 2016, find shared RMSProp robust)."""
     unroll_length: int = 16
     """T, steps between gradients."""
     discount: float = 0.98
@@ -130,6 +130,7 @@ CATCH = Config(
     env_id="rlbook/Catch-v0",
     num_envs=8,
     unroll_length=9,
+    optimizer="adam",
     learning_rate=2e-3,
     entropy_cost=0.01,
     total_env_steps=100_000,
@@ -331,8 +332,7 @@ def make_server(runtime: Runtime, config: Config, parameters: np.ndarray) -> Par
     )
     share = 1 / config.num_shards
     costs = {"push": {"apply": share}, "push_together": {"apply": share}, "pull": {"copy": share}}
-    weights = StandIn(int(parameters.nbytes * share), Weights(0, b""))
-    returns = {"pull": weights}
+    returns = {"pull": StandIn(int(parameters.nbytes * share), Weights(0, b""))}
     return ParameterServer(
         runtime, parameters, config.num_shards, settings, costs=costs, returns=returns
     )

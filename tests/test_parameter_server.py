@@ -39,7 +39,7 @@ def train(config: ps.Config, seed: int = 1, **cluster) -> Result:
 
 def test_one_synchronous_worker_is_single_process_a2c_bit_for_bit():
     """Same rows of the log too: losses, norms and episodes."""
-    mine = train(replace(SYNC, num_workers=1))
+    mine = train(replace(SYNC, num_workers=1, optimizer="adam"))
     shared = {
         name: getattr(mine.config, name) for name in vars(pg.Config()) if hasattr(QUICK, name)
     }
@@ -316,6 +316,7 @@ def test_a_real_run_is_kept_and_goes_on(tmp_path):
         assert same_parameters(first, loaded)
         more = replace(config, run_dir=None, resume=str(tmp_path / "run"), total_env_steps=8_000)
         second = ps.train(more, runtime)
+    assert {s.who for s in first.spans}.isdisjoint({s.who for s in second.spans} - {"driver"})
     assert second.env_steps >= 8_000 > first.env_steps >= 4_000
     assert second.learner_steps > first.learner_steps
     assert not same_parameters(first, second)

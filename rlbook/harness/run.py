@@ -91,6 +91,7 @@ class Run:
         self._sums: dict[str, list[float]] = {}
         self._next_row = getattr(config, "log_every_env_steps", 1)
         self._watch = Stopwatch(clock or time.perf_counter)
+        self._made_at = clock() if clock else -np.inf
         self._checkpoints = checkpoints
         self._interrupts = Interrupts()
         self.extra: dict[str, Any] = {}
@@ -200,9 +201,10 @@ class Run:
 
         Args:
             spans: (who, what, start, end), seconds; the driver's are waits. The newest 100,000
-                are kept.
+                are kept, without those of earlier runs on the same runtime.
         """
-        self.spans = Timeline.of(spans).newest(KEPT_SPANS)
+        mine = (span for span in spans if span[3] >= self._made_at)
+        self.spans = Timeline.of(mine).newest(KEPT_SPANS)
         if self.run_dir is not None:
             self.spans.save(self.run_dir / TRACE)
 

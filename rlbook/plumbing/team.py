@@ -107,9 +107,7 @@ class Team:
             if self._in_a_row > 10 * len(self.workers):
                 raise  # nothing but failures: something else is wrong
             self.server.revive()
-            if not alive(self.runtime, self.workers[index]):
-                self.born[index] += 1
-                self.workers[index] = self._make_worker(index, self.born[index])
+            self._replace_if_dead(index)
             return None
         self.rounds[index] += 1
         self._in_a_row = 0
@@ -125,7 +123,8 @@ class Team:
 
     def settle(self) -> None:
         """Waits until all workers and shards are there and have done what they were told."""
-        self.runtime.get([worker.alive.remote() for worker in self.workers])
+        for index in range(len(self.workers)):
+            self._replace_if_dead(index)
         self.server.settle()
 
     def combine(self, gradients: list[list[Reference]]) -> list[list[Reference]]:
@@ -153,3 +152,8 @@ class Team:
         with self.runtime.off_the_clock():
             self.runtime.get([worker.load_state_dict.remote(kept) for worker, kept in pairs])
         self.rounds, self.failures = list(state["rounds"]), state["failures"]
+
+    def _replace_if_dead(self, index: int) -> None:
+        if not alive(self.runtime, self.workers[index]):
+            self.born[index] += 1
+            self.workers[index] = self._make_worker(index, self.born[index])
