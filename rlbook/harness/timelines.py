@@ -135,14 +135,16 @@ def _draw_span(
     """One bar: full height for work, thin for a wait, so that the two differ without colour."""
     left, right = max(span.start, edges[0]), min(span.end, edges[1])
     height = 0.26 if span.waiting else 0.72
+    color = WAIT if span.waiting else colors[span.what]
+    wide = right - left > 0.004 * (edges[1] - edges[0])
     ax.barh(
         place,
         scale * (right - left),
         left=scale * left,
         height=height,
-        color=WAIT if span.waiting else colors[span.what],
-        edgecolor=COLORS["paper"],
-        linewidth=0.6 if right - left > 0.004 * (edges[1] - edges[0]) else 0.0,
+        color=color,
+        edgecolor=COLORS["paper"] if wide else color,  # a short one keeps a visible width
+        linewidth=0.6 if wide else 0.8,
     )
 
 
