@@ -249,3 +249,18 @@ def test_a_real_shard_killed_by_sigkill_loses_nothing(monkeypatch):
         os.kill(runtime.get(server.shards[0].process.remote()), signal.SIGKILL)
         with pytest.raises(ActorDiedError):
             runtime.get(server.shards[0].pull.remote())
+
+
+def test_receipts_from_before_a_snapshot_outlive_the_shard():
+    """None is lost and none comes twice, wherever the death falls among pushes and snapshots."""
+    for at_s in np.arange(0.001, 0.04, 0.003):
+        with virtual(crashes=(Crash("Shard 0", at_s=at_s),)) as runtime:
+            costs = {"push": 0.001}
+            server = ParameterServer(
+                runtime, START, 1, ServerSettings("sgd", 0.1), snapshot_every=5, costs=costs
+            )
+            for i, vector in enumerate(gradients(23)):
+                server.push(pieces(runtime, vector, server, version=i))
+            server.settle()
+            assert [receipt.version for receipt in server.receipts()] == list(range(1, 24))
+            assert server.revived == 1
