@@ -253,7 +253,7 @@ def test_a_real_shard_killed_by_sigkill_loses_nothing(monkeypatch):
 
 def test_receipts_from_before_a_snapshot_outlive_the_shard():
     """None is lost and none comes twice, wherever the death falls among pushes and snapshots."""
-    for at_s in np.arange(0.001, 0.04, 0.003):
+    for at_s in np.arange(0.001, 0.02, 0.002):
         with virtual(crashes=(Crash("Shard 0", at_s=at_s),)) as runtime:
             costs = {"push": 0.001}
             server = ParameterServer(
