@@ -227,6 +227,10 @@ def _work(job: _Job) -> Any:
     from torch import distributed
 
     function, arguments, options = pickle.loads(job.call)
+    # The last run's group is left only now, when the driver has all answers of that run: who left
+    # at once could hang up on others that are still getting connected.
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
     distributed.init_process_group(
         "gloo",
         init_method=Path(job.meeting).as_uri(),
@@ -234,9 +238,7 @@ def _work(job: _Job) -> Any:
         world_size=job.size,
         timeout=timedelta(seconds=job.timeout_s),
     )
-    answer = function(*arguments, **options)
-    distributed.destroy_process_group()
-    return answer  # after a failure nothing is tidied: this process will not be used again
+    return function(*arguments, **options)
 
 
 if __name__ == "__main__":

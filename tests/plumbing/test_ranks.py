@@ -65,6 +65,11 @@ def test_results_come_in_order_and_processes_stay(three: Ranks) -> None:
     assert [pid for *_, pid in second] == pids[:2]
 
 
+def test_runs_of_ranks_that_do_not_talk_are_not_disturbed_by_the_quickest(three: Ranks) -> None:
+    for turn in range(40):
+        assert len(three.run(number, size=2 + turn % 2)) == 2 + turn % 2
+
+
 def test_ranks_talk_to_each_other(three: Ranks) -> None:
     assert three.run(summed, 2.0) == [2.0 * (1 + 2 + 3)] * 3
     assert three.run(summed, 2.0, size=1) == [2.0]
