@@ -23,8 +23,8 @@ LOOK_EVERY_S = 0.05
 
 
 class sigkill:  # noqa: N801  (a verb, as ``contextlib.suppress``)
-    """Sends SIGKILL to one process of actor class ``name``, ``after_s`` seconds after the ``with``
-    was entered, or as soon as there is one from then on (Ray itself takes seconds to start).
+    """Sends SIGKILL to one process of actor class ``name``, ``after_s`` seconds after one was first
+    there: not after the ``with`` was entered, since starting processes may take seconds.
 
     Only processes that this one started, with Ray between, are touched, and only those whose
     constructor has ended; ``which`` counts them by process number, from 0. A cluster that the
@@ -43,15 +43,15 @@ class sigkill:  # noqa: N801  (a verb, as ``contextlib.suppress``)
             raise ValueError(f"which: must be 0 or more, got {which}")
         self.name, self.after_s, self.which = name, after_s, which
         self.killed: list[tuple[int, float]] = []
-        """(process number, seconds after the ``with`` was entered); empty until then."""
+        """(process number, seconds since one was first there); empty until then."""
         self._seen = 0
+        self._there_at: float | None = None
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._strike, name=f"sigkill {name}", daemon=True)
 
     def __enter__(self) -> Self:
         if not sys.platform.startswith("linux"):
             raise RuntimeError("sigkill finds processes on Linux only")
-        self._entered_at = time.perf_counter()
         self._thread.start()
         return self
 
@@ -67,27 +67,31 @@ class sigkill:  # noqa: N801  (a verb, as ``contextlib.suppress``)
             raise RuntimeError(f"sigkill: {self._excuse()}")
 
     def _strike(self) -> None:
-        """Waits, looks, and kills one."""
-        if self._left.wait(self.after_s):
-            return
-        while True:
+        """Looks, waits, looks again, and kills one."""
+        wait = 0.0
+        while not self._left.wait(wait):
+            wait = LOOK_EVERY_S
             found = processes(self.name)
             self._seen = max(self._seen, len(found))
-            if len(found) > self.which:
-                victim = found[self.which]
-                try:
-                    victim.kill()
-                except psutil.NoSuchProcess:  # it went by itself: the next
-                    continue
-                self.killed.append((victim.pid, time.perf_counter() - self._entered_at))
-                return
-            if self._left.wait(LOOK_EVERY_S):
-                return
+            if len(found) <= self.which:
+                continue
+            if self._there_at is None:
+                self._there_at, wait = time.perf_counter(), self.after_s
+                continue
+            victim = found[self.which]
+            try:
+                victim.kill()
+            except psutil.NoSuchProcess:  # it went by itself: the next
+                continue
+            self.killed.append((victim.pid, time.perf_counter() - self._there_at))
+            return
 
     def _excuse(self) -> str:
-        spent = time.perf_counter() - self._entered_at
-        if spent < self.after_s:
-            return f"the block was left after {spent:.1f} s, before the {self.after_s} s were over"
+        if self._there_at is not None:
+            spent = time.perf_counter() - self._there_at
+            if spent < self.after_s:
+                early = f"the block was left {spent:.1f} s after there was one to kill"
+                return f"{early}, before the {self.after_s} s were over"
         return (
             f"nothing to kill: never more than {self._seen} processes of an actor class "
             f"{self.name} under this process, and which={self.which}"

@@ -6,7 +6,7 @@ Two ways in which such rules fail are excluded. A server that only ever refused 
 a refusal moves no version, so the next gradient computed from the newest parameters is never stale.
 Statistics that leave refused magnitudes out would freeze at the level of yesterday: here a refused
 outlier counts as the largest magnitude that would have been taken, so a lasting change is accepted
-after some dozens of them, while a single one moves the statistics little.
+after a dozen or so, while a single one moves the statistics little.
 """
 
 import math

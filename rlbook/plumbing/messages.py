@@ -13,7 +13,6 @@ with a word as short as the road allows. Sender and receiver are processes of th
 from __future__ import annotations
 
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -39,7 +38,7 @@ class Trip(NamedTuple):
     road: str
     nbytes: int
     seconds: float
-    """There and the word back: the lower quartile, since other programs only ever add to it."""
+    """There and the word back: the shortest of many, since other programs only ever add to it."""
 
 
 def measure_messages(
@@ -87,13 +86,13 @@ def _repeats(nbytes: int, seconds: float) -> int:
     return int(np.clip(seconds / (50e-6 + nbytes / 1e9), 5, 500))
 
 
-def _usual_time(does: Callable[[], object], repeats: int) -> float:
+def _shortest_time(does: Callable[[], object], repeats: int) -> float:
     times = []
     for _ in range(repeats + 2):
         begun = time.perf_counter()
         does()
         times.append(time.perf_counter() - begun)
-    return statistics.quantiles(times[2:], n=4)[0]
+    return min(times[2:])
 
 
 def _shared(sends: bool, place: Path, nbytes: int, repeats: int) -> float:
@@ -117,7 +116,7 @@ def _shared(sends: bool, place: Path, nbytes: int, repeats: int) -> float:
         until(0)
 
     if sends:
-        return _usual_time(send, repeats)
+        return _shortest_time(send, repeats)
     for _ in range(repeats + 2):
         until(1)
         touch(there)
@@ -140,7 +139,7 @@ def _pipe(sends: bool, place: Path, nbytes: int, repeats: int) -> float:
                     connection.send_bytes(source)
                     connection.recv_bytes()
 
-                return _usual_time(send, repeats)
+                return _shortest_time(send, repeats)
     distributed.barrier()
     with Client(address, "AF_UNIX") as connection:
         for _ in range(repeats + 2):
@@ -161,7 +160,7 @@ def _gloo(sends: bool, place: Path, nbytes: int, repeats: int) -> float:
         distributed.recv(word, 1)
 
     if sends:
-        return _usual_time(send, repeats)
+        return _shortest_time(send, repeats)
     for _ in range(repeats + 2):
         distributed.recv(array, 0)
         touch(array.numpy())
@@ -181,6 +180,6 @@ def _measure_ray(runtime: RayRuntime, sizes: Sequence[int], seconds: float) -> l
         def refer(array: np.ndarray = array) -> None:
             runtime.get(receiver.take.remote(runtime.put(array)))
 
-        trips.append(Trip("Ray call", nbytes, _usual_time(call, repeats)))
-        trips.append(Trip("Ray reference", nbytes, _usual_time(refer, repeats)))
+        trips.append(Trip("Ray call", nbytes, _shortest_time(call, repeats)))
+        trips.append(Trip("Ray reference", nbytes, _shortest_time(refer, repeats)))
     return trips

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from rlbook.plumbing.codecs import DeltaEncoder, Identity, decode, make_codec
+from rlbook.plumbing.codecs import DeltaEncoder, ErrorFeedback, Identity, decode, make_codec
 from rlbook.plumbing.gate import Gate
 
 OPTIMIZERS = {
@@ -168,11 +168,12 @@ class Aggregator:
 
     Args:
         shards: k, pieces of each gradient.
-        codec: how what goes on is encoded.
+        codec: how what goes on is encoded, with an error feedback of its own.
     """
 
     def __init__(self, shards: int, codec: str = "none") -> None:
-        self.shards, self.codec = shards, make_codec(codec)
+        self.shards = shards
+        self.encoders = [ErrorFeedback(make_codec(codec)) for _ in range(shards)]
 
     def combine(self, *pieces: Gradient) -> tuple[Gradient, ...] | Gradient:
         """The mean of a group's gradients, weighted by samples, for each shard.
@@ -180,12 +181,22 @@ class Aggregator:
         Args:
             pieces: k pieces of the first gradient, then k of the second, …
         """
-        combined = tuple(self._one(pieces[i :: self.shards]) for i in range(self.shards))
+        columns = [pieces[i :: self.shards] for i in range(self.shards)]
+        combined = tuple(map(self._one, self.encoders, columns))
         return combined if self.shards > 1 else combined[0]
 
-    def _one(self, gradients: Sequence[Gradient]) -> Gradient:
+    def state_dict(self) -> dict[str, Any]:
+        """What compression still owes."""
+        return {"encoders": [encoder.state_dict() for encoder in self.encoders]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state_dict`."""
+        for encoder, kept in zip(self.encoders, state["encoders"], strict=True):
+            encoder.load_state_dict(kept)
+
+    def _one(self, encoder: ErrorFeedback, gradients: Sequence[Gradient]) -> Gradient:
         return Gradient(
-            blob=self.codec.encode(weighted_mean(gradients)),
+            blob=encoder.encode(weighted_mean(gradients)),
             version=min(gradient.version for gradient in gradients),
             samples=sum(gradient.samples for gradient in gradients),
             magnitude=max(gradient.magnitude for gradient in gradients),

@@ -25,7 +25,7 @@ class Answer(NamedTuple):
     worker: int
     report: Any
     pieces: list[Reference]
-    """Of its gradient, one for each shard; they have not come to the driver."""
+    """Of its gradient, one for each shard; the driver hands them on unopened."""
 
 
 class Team:
@@ -141,16 +141,17 @@ class Team:
         return combined
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of every worker."""
+        """The state of every worker and local server."""
         with self.runtime.off_the_clock():
-            states = self.runtime.get([worker.state_dict.remote() for worker in self.workers])
-        return {"workers": states, "rounds": list(self.rounds), "failures": self.failures}
+            calls = [actor.state_dict.remote() for actor in [*self.workers, *self.locals]]
+            states = self.runtime.get(calls)
+        return {"actors": states, "rounds": list(self.rounds), "failures": self.failures}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state_dict`."""
-        pairs = zip(self.workers, state["workers"], strict=True)
+        pairs = zip([*self.workers, *self.locals], state["actors"], strict=True)
         with self.runtime.off_the_clock():
-            self.runtime.get([worker.load_state_dict.remote(kept) for worker, kept in pairs])
+            self.runtime.get([actor.load_state_dict.remote(kept) for actor, kept in pairs])
         self.rounds, self.failures = list(state["rounds"]), state["failures"]
 
     def _replace_if_dead(self, index: int) -> None:

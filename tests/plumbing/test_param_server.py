@@ -264,3 +264,20 @@ def test_receipts_from_before_a_snapshot_outlive_the_shard():
             server.settle()
             assert [receipt.version for receipt in server.receipts()] == list(range(1, 24))
             assert server.revived == 1
+
+
+def test_a_local_server_that_compresses_owes_and_pays_later():
+    """Σ sent + residual = Σ means, and its state goes on."""
+    local, other = Aggregator(1, "topk:0.05"), Aggregator(1, "topk:0.05")
+    whole, sent = np.zeros(SIZE), np.zeros(SIZE)
+    for i, (one, two) in enumerate(zip(gradients(20), gradients(20, seed=2), strict=True)):
+        pair = [Gradient(Identity().encode(vector), 0, 1, 1.0) for vector in (one, two)]
+        combined = local.combine(*pair)
+        if i == 10:
+            other.load_state_dict(local.state_dict())
+        if i > 10:
+            assert other.combine(*pair) == combined
+        whole += (one + two) / 2
+        sent += decode(combined.blob)
+    assert np.allclose(sent + local.encoders[0].residual, whole, atol=1e-4)
+    assert np.abs(whole - sent).max() > 0.1
