@@ -122,7 +122,7 @@ class TreeMemory:
     counts them).
     """
 
-    def __init__(self, every_s: float = 0.25) -> None:
+    def __init__(self, every_s: float = 1.0) -> None:
         self.peak_mb = 0.0
         self._every_s = every_s
         self._stop = threading.Event()
