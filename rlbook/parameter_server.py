@@ -414,11 +414,11 @@ def train(config: Config, runtime: Runtime | None = None) -> Result:
     )
     with own if runtime is None else nullcontext(runtime) as rt:
         flat = Flat(network := make_network(config, make_envs(config.env_id, 1, config.seed)))
-        parameters = flat.vector.numpy()
-        server = make_server(rt, config, parameters)
-        team = make_team(rt, config, server, parameters)
+        vector = flat.vector.numpy()
+        server = make_server(rt, config, vector)
+        team = make_team(rt, config, server, vector)
         team.settle()  # the clock of the run begins when everybody is there
-        policy = LivePolicy(network, lambda: np.copyto(parameters, server.weights()))
+        policy = LivePolicy(SamplingPolicy(network), lambda: np.copyto(vector, server.weights()))
         parts = {"server": server, "team": team, "runtime": rt}
         turn = synchronous if config.update_rule == "sync" else asynchronous
         run = Run("parameter_server", config, policy, parts, lambda: rt.now, checkpoints="asked")

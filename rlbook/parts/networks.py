@@ -8,6 +8,7 @@ How a network acts on numpy observations, and the policies for evaluation, are h
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -190,24 +191,6 @@ class SamplingPolicy:
         return sample_action(self.network, observation, rng).action, None
 
 
-class LivePolicy(SamplingPolicy):
-    """A sampling policy whose parameters live in another process: fetched before each evaluation.
-
-    Args:
-        network: gives logits and values.
-        refresh: puts the newest parameters into `network`.
-    """
-
-    def __init__(self, network: ActorCritic, refresh: Callable[[], None]) -> None:
-        super().__init__(network)
-        self.refresh: Callable[[], None] | None = refresh
-
-    def initial_state(self, num_envs: int) -> None:
-        """No state; the newest parameters are fetched, as long as `refresh` is set."""
-        if self.refresh is not None:
-            self.refresh()
-
-
 class GreedyPolicy:
     """Evaluates action values by their best action (ε = 0). No recurrent state."""
 
@@ -222,3 +205,33 @@ class GreedyPolicy:
     ) -> tuple[np.ndarray, None]:
         """The best action of each row."""
         return greedy_action(self.network, observation), None
+
+
+class LivePolicy:
+    """A policy whose parameters live in another process: fetched before each evaluation.
+
+    Args:
+        policy: a `SamplingPolicy`, `GreedyPolicy`, …
+        refresh: puts the newest parameters into the policy's network.
+    """
+
+    def __init__(self, policy: Any, refresh: Callable[[], None]) -> None:
+        self.policy = policy
+        self.refresh: Callable[[], None] | None = refresh
+
+    @property
+    def network(self) -> nn.Module:
+        """The policy's network."""
+        return self.policy.network
+
+    def initial_state(self, num_envs: int) -> Any:
+        """The policy's; the newest parameters are fetched, as long as `refresh` is set."""
+        if self.refresh is not None:
+            self.refresh()
+        return self.policy.initial_state(num_envs)
+
+    def act(
+        self, observation: np.ndarray, state: Any, first: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, Any]:
+        """The policy's action for each row."""
+        return self.policy.act(observation, state, first, rng)

@@ -11,21 +11,27 @@ Both are plain classes; a driver makes them remote. All shards see the same push
 order, and each judges with statistics of its own: so they agree without a word between them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from rlbook.parts.optim import RMSProp
 from rlbook.plumbing.codecs import DeltaEncoder, ErrorFeedback, Identity, decode, make_codec
 from rlbook.plumbing.gate import Gate
 
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adagrad": torch.optim.Adagrad,
     "rmsprop": torch.optim.RMSprop,
+    "a3c_rmsprop": RMSProp,
+    "dqn_rmsprop": partial(RMSProp, alpha=0.95, eps=0.01, centered=True),
     "adam": torch.optim.Adam,
 }
+"""Name → optimiser. PyTorch's, and with ε inside the root RMSProp as in A3C (Mnih et al., 2016) and
+centred as in DQN (Mnih et al., 2015, Methods: 0.95 and 0.01)."""
 
 
 class Gradient(NamedTuple):
@@ -38,7 +44,7 @@ class Gradient(NamedTuple):
     samples: int
     """Valid rows that it is a mean over: its weight among others."""
     magnitude: float
-    """Euclidean norm of the whole gradient, before clipping."""
+    """What outliers are judged by: the norm of the whole gradient before clipping, or a loss."""
 
 
 class Weights(NamedTuple):
