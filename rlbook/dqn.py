@@ -23,22 +23,22 @@ a time limit is bootstrapped from; importance weights are divided by the largest
 Book: chapter 03
 """
 
-from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from rlbook.data import Transition
 from rlbook.harness.config import RunConfig, at_least, within
-from rlbook.harness.doctor import memory_bytes
+from rlbook.harness.doctor import require_memory
 from rlbook.harness.run import Result, Run
 from rlbook.maths.exploration import linear_schedule
-from rlbook.maths.losses import double_q_td_errors, huber, q_td_errors
-from rlbook.parts.envs import Envs, Step, make_envs, require_discrete
+from rlbook.maths.losses import huber
+from rlbook.parts.envs import Envs, make_envs, require_discrete
+from rlbook.parts.flat import Flat
 from rlbook.parts.networks import GreedyPolicy, QNetwork, action_values
+from rlbook.parts.q_learning import NStepWindow, epsilon_greedy, td_errors
 from rlbook.parts.replay import PrioritizedReplay, Sample, UniformReplay
 
 
@@ -120,55 +120,11 @@ PRESETS = {
 }
 
 
-class NStepWindow:
-    """Folds n steps of B copies into transitions: R = Σ γ^k r_k, discount = Π γ d_k.
-
-    A window that meets the end of an episode stops there, with the discount of the steps really
-    taken: 0 after a termination, γ^k after a truncation, with the final observation to bootstrap
-    from.
-    """
-
-    def __init__(self, n_step: int, discount: float) -> None:
-        self.discount = discount
-        self.steps: deque[Step] = deque(maxlen=n_step)
-
-    def push(self, step: Step) -> Transition | None:
-        """The transitions that began n steps ago `[≤ B]`; None until the window is full."""
-        self.steps.append(step)
-        if len(self.steps) < (self.steps.maxlen or 1):
-            return None
-        start = self.steps[0]
-        r_t = start.r_t.copy()
-        discount_t = np.float32(self.discount) * start.discount_t
-        obs_t = start.obs_t.copy()
-        alive = start.valid & ~start.ended
-        for later in list(self.steps)[1:]:
-            if not alive.any():
-                break
-            r_t += np.where(alive, discount_t * later.r_t, np.float32(0))
-            folded = discount_t * np.float32(self.discount) * later.discount_t
-            discount_t = np.where(alive, folded, discount_t)
-            obs_t[alive] = later.obs_t[alive]
-            alive = alive & ~later.ended
-        columns = Transition(start.obs_tm1, start.a_tm1, r_t, discount_t, obs_t)
-        return columns if start.valid.all() else Transition(*(c[start.valid] for c in columns))
-
-    def state_dict(self) -> dict[str, Any]:
-        """The steps in the window."""
-        return {"steps": [step._asdict() for step in self.steps]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from `state_dict`."""
-        self.steps.clear()
-        self.steps.extend(Step(**step) for step in state["steps"])
-
-
 class Actor:
     """Steps the environments ε-greedily and hands on n-step transitions."""
 
     def __init__(self, envs: Envs, online: QNetwork, config: Config) -> None:
         self.envs, self.online, self.config = envs, online, config
-        self.num_actions = require_discrete(envs, "dqn")
         self.window = NStepWindow(config.n_step, config.discount)
         self.rng = np.random.default_rng([config.seed, 1])
         self.turns = 0
@@ -177,11 +133,8 @@ class Actor:
     def step(self, epsilon: float) -> tuple[Transition | None, int]:
         """One step of every copy: (transitions that are ready, valid steps taken)."""
         q = action_values(self.online, self.envs.env_output.observation)
-        action, self.q_mean = q.argmax(-1), float(q.max(-1).mean())
-        random = self.rng.random(len(action)) < epsilon
-        if random.any():
-            action[random] = self.rng.integers(self.num_actions, size=int(random.sum()))
-        step = self.envs.transition(action)
+        self.q_mean = float(q.max(-1).mean())
+        step = self.envs.transition(epsilon_greedy(q, epsilon, self.rng))
         self.turns += 1
         return self.window.push(step), int(step.valid.sum())
 
@@ -200,28 +153,14 @@ class Actor:
         self.turns = state["turns"]
 
 
-def td_errors(online: nn.Module, target: nn.Module, batch: Transition, double: bool) -> Tensor:
-    """r + γ Q_target(x', a*) − Q(x, a), `[N]`.
-
-    a* is the best action of the target network or, if `double`, of the online one.
-    """
-    q_tm1 = online(batch.obs_tm1)
-    rows = {"a_tm1": batch.a_tm1, "r_t": batch.r_t, "discount_t": batch.discount_t}
-    with torch.no_grad():
-        q_t = target(batch.obs_t)
-        q_t_selector = online(batch.obs_t) if double else None
-    if q_t_selector is None:
-        return q_td_errors(q_tm1=q_tm1, q_t=q_t, **rows)
-    return double_q_td_errors(q_tm1=q_tm1, q_t_selector=q_t_selector, q_t_value=q_t, **rows)
-
-
 class Learner:
     """Fits the online network to targets that the target network makes."""
 
     def __init__(self, online: QNetwork, target: QNetwork, config: Config) -> None:
         self.online, self.target, self.config = online, target, config
         self.target.load_state_dict(online.state_dict())
-        self.optimizer = torch.optim.Adam(online.parameters(), lr=config.learning_rate, fused=True)
+        self.flat = Flat(online)  # one vector: one step of the optimiser instead of six
+        self.optimizer = torch.optim.Adam([self.flat.vector], lr=config.learning_rate)
         self.updates = 0
 
     def update(self, sample: Sample) -> tuple[np.ndarray, dict[str, float]]:
@@ -230,16 +169,16 @@ class Learner:
         errors = td_errors(self.online, self.target, batch, self.config.double)
         weights = torch.from_numpy(sample.weights).to(errors.dtype)
         loss = (weights * huber(errors)).mean()
-        self.optimizer.zero_grad()
+        self.flat.gradients.zero_()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.online.parameters(), self.config.max_gradient_norm)
+        norm = self.flat.clip(self.config.max_gradient_norm)
         self.optimizer.step()
         self.updates += 1
         if self.updates % self.config.target_period == 0:
             self.target.load_state_dict(self.online.state_dict())
         absolute = errors.detach().abs()
-        metrics = {"loss": loss, "td_error_mean": absolute.mean(), "gradient_norm": norm}
-        return absolute.numpy(), {name: value.item() for name, value in metrics.items()}
+        metrics = {"loss": loss.item(), "td_error_mean": absolute.mean().item()}
+        return absolute.numpy(), {**metrics, "gradient_norm": norm}
 
     def state_dict(self) -> dict[str, Any]:
         """Both networks, the optimiser and the count of updates."""
@@ -267,13 +206,8 @@ def make_network(config: Config, envs: Envs) -> QNetwork:
 
 def make_replay(config: Config, envs: Envs) -> UniformReplay | PrioritizedReplay:
     """The replay memory that the config asks for; ValueError if it can never fit into memory."""
-    row = envs.env_output.observation[0].nbytes
-    needed = config.replay_capacity * (2 * row + 16)
-    if needed > memory_bytes():
-        raise ValueError(
-            f"replay_capacity: {config.replay_capacity:,} transitions of {config.env_id} need"
-            f" {needed / 2**30:.0f} GiB, this machine has {memory_bytes() / 2**30:.0f}"
-        )
+    row = 2 * envs.env_output.observation[0].nbytes + 16
+    require_memory("replay_capacity", config.replay_capacity, row, f"of {config.env_id}")
     if not config.prioritized:
         return UniformReplay(config.replay_capacity, seed=config.seed)
     return PrioritizedReplay(

@@ -57,6 +57,16 @@ def memory_bytes() -> int:
     return total
 
 
+def require_memory(name: str, rows: int, bytes_per_row: int, of_what: str) -> None:
+    """ValueError, in the name of a setting, if so many rows can never fit into memory."""
+    needed = rows * bytes_per_row
+    if needed > memory_bytes():
+        raise ValueError(
+            f"{name}: {rows:,} transitions {of_what} need {needed / GIB:.0f} GiB, this machine has"
+            f" {memory_bytes() / GIB:.0f}"
+        )
+
+
 def _python() -> Finding:
     wrong = "" if sys.version_info >= (3, 11) else "install Python 3.11 or newer, then: make setup"
     system = f"{platform.system()} {platform.machine()}"

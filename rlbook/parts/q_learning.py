@@ -1,0 +1,90 @@
+"""What every system with Q-networks shares: n-step transitions, TD errors, ε-greedy actions.
+
+Step, Step, …  ──► NStepWindow ──► Transition (n steps of reward, then where they led)
+Transition     ──► td_errors(online, target) ──► [N]
+q [B, A]       ──► epsilon_greedy ──► action [B]
+"""
+
+from collections import deque
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rlbook.data import Transition
+from rlbook.maths.losses import double_q_td_errors, q_td_errors
+from rlbook.parts.envs import Step
+
+
+class NStepWindow:
+    """Folds n steps of B copies into transitions: R = Σ γ^k r_k, discount = Π γ d_k.
+
+    A window that meets the end of an episode stops there, with the discount of the steps really
+    taken: 0 after a termination, γ^k after a truncation, with the final observation to bootstrap
+    from.
+    """
+
+    def __init__(self, n_step: int, discount: float) -> None:
+        self.discount = discount
+        self.steps: deque[Step] = deque(maxlen=n_step)
+
+    def push(self, step: Step) -> Transition | None:
+        """The transitions that began n steps ago `[≤ B]`; None until the window is full."""
+        self.steps.append(step)
+        if len(self.steps) < (self.steps.maxlen or 1):
+            return None
+        start = self.steps[0]
+        r_t = start.r_t.copy()
+        discount_t = np.float32(self.discount) * start.discount_t
+        obs_t = start.obs_t.copy()
+        alive = start.valid & ~start.ended
+        for later in list(self.steps)[1:]:
+            if not alive.any():
+                break
+            r_t += np.where(alive, discount_t * later.r_t, np.float32(0))
+            folded = discount_t * np.float32(self.discount) * later.discount_t
+            discount_t = np.where(alive, folded, discount_t)
+            obs_t[alive] = later.obs_t[alive]
+            alive = alive & ~later.ended
+        columns = Transition(start.obs_tm1, start.a_tm1, r_t, discount_t, obs_t)
+        return columns if start.valid.all() else Transition(*(c[start.valid] for c in columns))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The steps in the window."""
+        return {"steps": [step._asdict() for step in self.steps]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state_dict`."""
+        self.steps.clear()
+        self.steps.extend(Step(**step) for step in state["steps"])
+
+
+def td_errors(online: nn.Module, target: nn.Module, batch: Transition, double: bool) -> Tensor:
+    """r + γ Q_target(x', a*) − Q(x, a), `[N]`.
+
+    a* is the best action of the target network or, if `double`, of the online one.
+    """
+    q_tm1 = online(batch.obs_tm1)
+    rows = {"a_tm1": batch.a_tm1, "r_t": batch.r_t, "discount_t": batch.discount_t}
+    with torch.no_grad():
+        q_t = target(batch.obs_t)
+        q_t_selector = online(batch.obs_t) if double else None
+    if q_t_selector is None:
+        return q_td_errors(q_tm1=q_tm1, q_t=q_t, **rows)
+    return double_q_td_errors(q_tm1=q_tm1, q_t_selector=q_t_selector, q_t_value=q_t, **rows)
+
+
+def epsilon_greedy(q: np.ndarray, epsilon: float, rng: np.random.Generator) -> np.ndarray:
+    """The best action of each row `[B]`, or with probability `epsilon` any action.
+
+    Args:
+        q: action values `[B, A]`.
+        epsilon: 0 to 1.
+        rng: where the draws come from.
+    """
+    action = q.argmax(-1)
+    random = rng.random(len(action)) < epsilon
+    if random.any():
+        action[random] = rng.integers(q.shape[-1], size=int(random.sum()))
+    return action
