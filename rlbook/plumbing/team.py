@@ -6,10 +6,11 @@
     combine(gradients) ──► local servers add up the gradients of a group
 
 A worker is a plain class with ``gradient(*weights) -> (report, *pieces)``, ``alive()``,
-``state_dict()`` and ``load_state_dict()``.
+``state_dict()`` and ``load_state_dict()``. Actors without a gradient make a team too: `method`
+names what they are asked for, and `pieces` in how many parts it comes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,6 +44,8 @@ class Team:
         clients: pull by name, so that parameters come as differences.
         groups: local servers between workers and shards; 0 for none.
         codec: of what local servers send on.
+        method: what a worker is asked for.
+        pieces: parts of its answer besides the report; by default one for each shard.
     """
 
     def __init__(
@@ -57,7 +60,10 @@ class Team:
         clients: bool = False,
         groups: int = 0,
         codec: str = "none",
+        method: str = "gradient",
+        pieces: int | None = None,
     ) -> None:
+        self.method, self.pieces = method, len(server.shards) if pieces is None else pieces
         self.runtime, self.server, self._make_worker = runtime, server, make_worker
         self.calls_in_flight, self.bound, self.clients = calls_in_flight, bound, clients
         self.workers = [make_worker(index, 0) for index in range(size)]
@@ -77,10 +83,10 @@ class Team:
         """
         return f"{index}, {self.failures} failures" if self.clients else None
 
-    def start(self, index: int, weights: list[Reference]) -> None:
-        """Hands parameters to a worker and asks it for a gradient."""
-        ask = self.workers[index].gradient.options(num_returns=1 + len(self.server.shards))
-        report, *pieces = ask.remote(*weights)
+    def start(self, index: int, arguments: Sequence[Any]) -> None:
+        """Hands a worker its arguments (references to weights, …) and asks it for its work."""
+        ask = getattr(self.workers[index], self.method).options(num_returns=1 + self.pieces)
+        report, *pieces = ask.remote(*arguments)
         self.in_flight[report] = (index, pieces)
 
     def may_start(self, index: int) -> bool:
