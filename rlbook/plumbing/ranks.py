@@ -20,7 +20,6 @@ from __future__ import annotations
 import os
 import pickle
 import queue
-import subprocess
 import sys
 import tempfile
 import threading
@@ -28,9 +27,11 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Self
+
+from rlbook.plumbing.children import Child, pipe_of
 
 TIMEOUT_S = 120.0
 """A run that takes longer has gone wrong."""
@@ -59,8 +60,7 @@ class Ranks:
         if size < 1:
             raise ValueError(f"size: must be at least 1, got {size}")
         self.size = size
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._pipes: list[Connection] = []
+        self._children: list[Child] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._runs = 0
 
@@ -104,8 +104,8 @@ class Ranks:
         meeting = str(Path(self._folder.name) / f"meeting-{self._runs}")
         call = pickle.dumps((function, arguments, options))
         try:
-            for rank, pipe in enumerate(self._pipes[:size]):
-                self._send(rank, pipe, _Job(rank, size, meeting, call, timeout_s))
+            for rank in range(size):
+                self._send(rank, _Job(rank, size, meeting, call, timeout_s))
             return self._collect(size, time.monotonic() + timeout_s, timeout_s)
         except BaseException:
             self.close()
@@ -113,51 +113,28 @@ class Ranks:
 
     def close(self) -> None:
         """End the processes. Calling it again does nothing."""
-        for pipe in self._pipes:
-            pipe.close()
-        for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.wait()
-        self._pipes, self._processes = [], []
+        for child in self._children:
+            child.close()
+        self._children = []
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
 
     def _start(self, rank: int) -> None:
-        ours, theirs = Pipe()
-        self._pipes.append(ours)
-        with theirs, self._log(rank).open("wb") as log:
-            self._processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "rlbook.plumbing.ranks", str(theirs.fileno())],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    pass_fds=(theirs.fileno(),),
-                    start_new_session=True,  # Ctrl-C is for the driver
-                    env={
-                        **os.environ,
-                        "OMP_NUM_THREADS": "1",
-                        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
-                        "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path),
-                    },
-                )
-            )
-
-    def _log(self, rank: int) -> Path:
         assert self._folder is not None
-        return Path(self._folder.name) / f"rank-{rank}.log"
+        log = Path(self._folder.name) / f"rank-{rank}.log"
+        loopback = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
+        self._children.append(Child("rlbook.plumbing.ranks", log, environment=loopback))
 
-    def _send(self, rank: int, pipe: Connection, job: _Job) -> None:
+    def _send(self, rank: int, job: _Job) -> None:
         try:
-            pipe.send(tuple(job))
+            self._children[rank].pipe.send(tuple(job))
         except OSError:
             self._died(rank)
 
     def _collect(self, size: int, until: float, timeout_s: float) -> list[Any]:
         """The answers of all, or the failure of the first that failed."""
-        waiting = {pipe: rank for rank, pipe in enumerate(self._pipes[:size])}
+        waiting = {child.pipe: rank for rank, child in enumerate(self._children[:size])}
         answers: dict[int, Any] = {}
         while waiting:
             ready = wait(list(waiting), max(0.0, until - time.monotonic()))
@@ -179,16 +156,14 @@ class Ranks:
             if failures:  # one that fails takes others along: blame the earliest
                 time.sleep(0.05)
                 for rank in waiting.values():
-                    if self._processes[rank].poll() is not None:
+                    if self._children[rank].process.poll() is not None:
                         self._died(rank)
                 _, rank, text = min(failures)
                 raise RankError(f"rank {rank} of {size} failed:\n{text}")
         return [answers[rank] for rank in range(size)]
 
     def _died(self, rank: int) -> NoReturn:
-        code = self._processes[rank].wait()
-        last = self._log(rank).read_text(errors="replace")[-2000:]
-        raise RankError(f"rank {rank} died (exit code {code})\n{last}".rstrip())
+        raise RankError(f"rank {rank} {self._children[rank].last_words()}")
 
 
 def on_ranks(
@@ -242,4 +217,4 @@ def _work(job: _Job) -> Any:
 
 
 if __name__ == "__main__":
-    _serve(Connection(int(sys.argv[1])))
+    _serve(pipe_of(sys.argv))

@@ -1,0 +1,125 @@
+"""An actor-critic with memory: an LSTM between the torso and the heads, and how it acts.
+
+    x_t ──► torso ──► LSTM ──┬─► policy head: logits       time first: [T, B, …]
+              first_t ──►│   └─► value head:  value
+    state before t ──────┴────► state after t              (h, c), [B, H] each
+
+The state is zeroed where `first` is True *before* the step at t: nothing of one episode is known in
+the next. Torso and heads see time folded into the batch; the LSTM alone runs over time, in
+stretches between resets.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rlbook.data import AgentOutput
+from rlbook.parts.networks import make_torso
+
+State = tuple[Tensor, Tensor]
+"""(h, c): hidden state and cell of the LSTM, `[B, H]` each."""
+
+
+class RecurrentActorCritic(nn.Module):
+    """Policy and value with memory.
+
+    Args:
+        observation_shape: of one observation; `(C, 84, 84)` gets Atari's convolutions.
+        num_actions: A.
+        lstm_size: H.
+        hidden_sizes: of the fully connected torso (unused for Atari's frames).
+    """
+
+    def __init__(
+        self,
+        observation_shape: Sequence[int],
+        num_actions: int,
+        lstm_size: int = 64,
+        hidden_sizes: Sequence[int] = (64,),
+    ) -> None:
+        super().__init__()
+        self.torso = make_torso(observation_shape, hidden_sizes, nn.Tanh)
+        self.core = nn.LSTM(self.torso.features, lstm_size)
+        self.policy_head = nn.Linear(lstm_size, num_actions)
+        self.value_head = nn.Linear(lstm_size, 1)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.orthogonal_(module.weight, 2**0.5)
+                nn.init.zeros_(module.bias)
+        nn.init.orthogonal_(self.policy_head.weight, 0.01)
+        nn.init.orthogonal_(self.value_head.weight, 1.0)
+
+    def initial_state(self, num_envs: int) -> State:
+        """What is known before an episode begins: zeros, `[B, H]` twice."""
+        like = self.policy_head.weight
+        zeros = torch.zeros(num_envs, self.core.hidden_size, dtype=like.dtype, device=like.device)
+        return zeros, zeros.clone()
+
+    def forward(
+        self, observation: Tensor, first: Tensor, state: State
+    ) -> tuple[Tensor, Tensor, State]:
+        """Logits `[T, B, A]`, values `[T, B]` and the state after the last row.
+
+        Args:
+            observation: `[T, B, ...]`.
+            first: `[T, B]` bool: where an episode begins, and the state is zeroed.
+            state: before row 0, `[B, H]` twice.
+        """
+        steps, copies = observation.shape[:2]
+        features = self.torso(observation.flatten(0, 1)).unflatten(0, (steps, copies))
+        begins = [0, *(i for i in first.any(1).nonzero().flatten().tolist() if i > 0), steps]
+        outputs = []
+        for start, end in zip(begins[:-1], begins[1:], strict=True):
+            keep = (~first[start]).to(features.dtype).unsqueeze(-1)
+            h, c = (part * keep for part in state)
+            output, (h, c) = self.core(features[start:end], (h.unsqueeze(0), c.unsqueeze(0)))
+            outputs.append(output)
+            state = (h.squeeze(0), c.squeeze(0))
+        memory = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        return self.policy_head(memory), self.value_head(memory).squeeze(-1), state
+
+
+@torch.inference_mode()
+def recurrent_action(
+    network: RecurrentActorCritic,
+    observation: np.ndarray,
+    state: State,
+    first: np.ndarray,
+    rng: np.random.Generator,
+) -> tuple[AgentOutput, State]:
+    """Acts once: one forward pass, then one draw from each row's policy (Gumbel-max).
+
+    Args:
+        network: gives logits, values and the next state.
+        observation: `[B, ...]`.
+        state: before this step, `[B, H]` twice.
+        first: `[B]` bool, whose episode begins with this observation.
+        rng: where the draws come from.
+
+    Returns:
+        What was said, `[B, ...]`, and the state after it.
+    """
+    rows = torch.from_numpy(observation).unsqueeze(0), torch.from_numpy(first).unsqueeze(0)
+    logits, value, state = network(*rows, state)
+    scores = logits[0].numpy() - np.log(rng.standard_exponential(logits[0].shape))
+    return AgentOutput(scores.argmax(-1), logits[0].numpy(), value[0].numpy()), state
+
+
+class RecurrentSamplingPolicy:
+    """Evaluates a stochastic policy with memory: samples, carries its state, resets it."""
+
+    def __init__(self, network: RecurrentActorCritic) -> None:
+        self.network = network
+
+    def initial_state(self, num_envs: int) -> State:
+        """Zeros."""
+        return self.network.initial_state(num_envs)
+
+    def act(
+        self, observation: np.ndarray, state: State, first: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, State]:
+        """One sampled action for each row, and the next state."""
+        output, state = recurrent_action(self.network, observation, state, first, rng)
+        return output.action, state
