@@ -37,8 +37,8 @@ from rlbook.maths.exploration import linear_schedule
 from rlbook.maths.losses import huber
 from rlbook.parts.envs import Envs, make_envs, require_discrete
 from rlbook.parts.flat import Flat
-from rlbook.parts.networks import GreedyPolicy, QNetwork, action_values
-from rlbook.parts.q_learning import NStepWindow, epsilon_greedy, td_errors
+from rlbook.parts.networks import GreedyPolicy, QNetwork
+from rlbook.parts.q_learning import Player, td_errors
 from rlbook.parts.replay import PrioritizedReplay, Sample, UniformReplay
 
 
@@ -120,39 +120,6 @@ PRESETS = {
 }
 
 
-class Actor:
-    """Steps the environments ε-greedily and hands on n-step transitions."""
-
-    def __init__(self, envs: Envs, online: QNetwork, config: Config) -> None:
-        self.envs, self.online, self.config = envs, online, config
-        self.window = NStepWindow(config.n_step, config.discount)
-        self.rng = np.random.default_rng([config.seed, 1])
-        self.turns = 0
-        self.q_mean = 0.0
-
-    def step(self, epsilon: float) -> tuple[Transition | None, int]:
-        """One step of every copy: (transitions that are ready, valid steps taken)."""
-        q = action_values(self.online, self.envs.env_output.observation)
-        self.q_mean = float(q.max(-1).mean())
-        step = self.envs.transition(epsilon_greedy(q, epsilon, self.rng))
-        self.turns += 1
-        return self.window.push(step), int(step.valid.sum())
-
-    def state_dict(self) -> dict[str, Any]:
-        """The window, the random generator and the count of turns."""
-        return {
-            "window": self.window.state_dict(),
-            "rng": self.rng.bit_generator.state,
-            "turns": self.turns,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from `state_dict`; the window is empty if the episodes were begun anew."""
-        self.window.load_state_dict({"steps": []} if self.envs.restarted else state["window"])
-        self.rng.bit_generator.state = state["rng"]
-        self.turns = state["turns"]
-
-
 class Learner:
     """Fits the online network to targets that the target network makes."""
 
@@ -204,6 +171,11 @@ def make_network(config: Config, envs: Envs) -> QNetwork:
     return QNetwork(shape, num_actions, config.hidden_sizes, config.dueling)
 
 
+def make_actor(envs: Envs, online: QNetwork, config: Config) -> Player:
+    """Who plays: ε-greedily, as the online network says at the moment."""
+    return Player(envs, online, config.n_step, config.discount, config.seed)
+
+
 def make_replay(config: Config, envs: Envs) -> UniformReplay | PrioritizedReplay:
     """The replay memory that the config asks for; ValueError if it can never fit into memory."""
     row = 2 * envs.env_output.observation[0].nbytes + 16
@@ -247,11 +219,11 @@ def train(config: Config) -> Result:
     envs = make_envs(config.env_id, config.num_envs, config.seed)
     online, target = make_network(config, envs), make_network(config, envs)
     actor, learner, replay = (
-        Actor(envs, online, config),
+        make_actor(envs, online, config),
         Learner(online, target, config),
         make_replay(config, envs),
     )
-    parts = {"envs": envs, "actor": actor, "learner": learner, "replay": replay}
+    parts = {"actor": actor, "learner": learner, "replay": replay}
     with Run("dqn", config, GreedyPolicy(online), parts) as run:
         while run.running():
             epsilon = linear_schedule(

@@ -128,11 +128,11 @@ def test_importance_weights_scale_the_loss():
 
 def test_epsilon_is_the_share_of_random_actions():
     envs = make_envs("rlbook/Catch-v0", 2_000, 0)
-    actor = dqn.Actor(envs, QNetwork((1, 10, 5), 3, (8,)), dqn.Config(n_step=1))
-    greedy = dqn.action_values(actor.online, envs.env_output.observation).argmax(-1)
+    actor = dqn.make_actor(envs, QNetwork((1, 10, 5), 3, (8,)), dqn.Config(n_step=1))
+    greedy = actor.values().argmax(-1)
     transitions, taken = actor.step(0.0)
     assert np.array_equal(transitions.a_tm1, greedy) and taken == 2_000
-    greedy = dqn.action_values(actor.online, envs.env_output.observation).argmax(-1)
+    greedy = actor.values().argmax(-1)
     explored = np.mean(actor.step(0.6)[0].a_tm1 != greedy)
     assert abs(explored - 0.6 * 2 / 3) < 0.05  # a random action is the greedy one in 1 of 3
 
@@ -196,7 +196,7 @@ def test_a_window_does_not_reach_from_an_emulator_into_the_next_one():
     """An emulator begins anew: steps before and after do not belong to one transition."""
     config = dqn.Config(n_step=3, env_id="ALE/Pong-v5", num_envs=1)
     envs = make_envs(config.env_id, 1, 0)
-    actor = dqn.Actor(envs, dqn.make_network(config, envs), config)
+    actor = dqn.make_actor(envs, dqn.make_network(config, envs), config)
     actor.step(1.0)
     actor.step(1.0)
     states = envs.state_dict(), actor.state_dict()

@@ -6,6 +6,7 @@ q [B, A]       ──► epsilon_greedy ──► action [B]
 """
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from rlbook.data import Transition
 from rlbook.maths.losses import double_q_td_errors, q_td_errors
-from rlbook.parts.envs import Step
+from rlbook.parts.envs import Envs, Step
+from rlbook.parts.networks import QNetwork, action_values
 
 
 class NStepWindow:
@@ -88,3 +90,53 @@ def epsilon_greedy(q: np.ndarray, epsilon: float, rng: np.random.Generator) -> n
     if random.any():
         action[random] = rng.integers(q.shape[-1], size=int(random.sum()))
     return action
+
+
+class Player:
+    """B copies of an environment, played ε-greedily by one network: actions in, transitions out.
+
+    Args:
+        envs: the copies.
+        network: gives q `[B, A]`; whoever owns it may change its parameters at any time.
+        n_step, discount: of the transitions.
+        seed: of the random actions.
+    """
+
+    def __init__(
+        self, envs: Envs, network: QNetwork, n_step: int, discount: float, seed: int
+    ) -> None:
+        self.envs, self.network = envs, network
+        self.window = NStepWindow(n_step, discount)
+        self.rng = np.random.default_rng([seed, 1])
+        self.turns = 0
+        self.q_mean = 0.0
+        """Mean over the copies of the largest action value, at the last step."""
+
+    def step(self, epsilon: float) -> tuple[Transition | None, int]:
+        """One step of every copy: (transitions that are ready, valid steps taken)."""
+        q = self.values()
+        self.q_mean = float(q.max(-1).mean())
+        step = self.envs.transition(epsilon_greedy(q, epsilon, self.rng))
+        self.turns += 1
+        return self.window.push(step), int(step.valid.sum())
+
+    def values(self) -> np.ndarray:
+        """Q of what the copies show now, `[B, A]`."""
+        return action_values(self.network, self.envs.env_output.observation)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Environments, window, random generator and the count of turns."""
+        parts = {"envs": self.envs.state_dict(), "window": self.window.state_dict()}
+        return {**parts, "rng": self.rng.bit_generator.state, "turns": self.turns}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state_dict`; the window is empty if the episodes were begun anew."""
+        self.envs.load_state_dict(state["envs"])
+        self.window.load_state_dict({"steps": []} if self.envs.restarted else state["window"])
+        self.rng.bit_generator.state, self.turns = state["rng"], state["turns"]
+
+
+def joined(transitions: Sequence[Transition | None]) -> Transition | None:
+    """Several turns' transitions one after the other; None if there are none."""
+    found = [rows for rows in transitions if rows is not None]
+    return Transition(*map(np.concatenate, zip(*found, strict=True))) if found else None

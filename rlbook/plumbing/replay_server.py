@@ -1,0 +1,119 @@
+"""A replay memory in shards, each a process of its own, as their driver holds them.
+
+    actor ── reference to transitions ──► add ──► shard 0, shard 1, … in turn
+                                          sample ──► reference to a batch ──► learner
+
+The driver never sees a transition: it hands references on, and counts what each shard was given. A
+shard that dies takes what it held with it; an empty one takes its place and is drawn from once it
+has been filled again.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from rlbook.data import Transition
+from rlbook.parts.replay import UniformReplay
+from rlbook.plumbing.param_server import alive
+from rlbook.plumbing.runtime import Reference, Runtime
+
+
+class ReplayShard(UniformReplay[Transition]):
+    """A ring of transitions to draw from, uniformly."""
+
+    def keep(self, transitions: Transition | None) -> None:
+        """Stores what an actor made, if it made anything."""
+        if transitions is not None:
+            self.add(transitions)
+
+    def batch(self, size: int) -> Transition:
+        """`size` transitions, drawn alike, with replacement."""
+        return self.sample(size).items
+
+    def alive(self) -> bool:
+        """True; a call that only a living process answers."""
+        return True
+
+
+class ReplayServer:
+    """R shards behind one name.
+
+    Args:
+        runtime: where they live.
+        shards: R.
+        capacity: transitions that a shard keeps.
+        learning_starts: transitions in a shard before it is drawn from.
+        seed: of the draws; each shard has its own stream.
+        costs, returns: of `ReplayShard`, for the virtual clock.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        *,
+        shards: int,
+        capacity: int,
+        learning_starts: int,
+        seed: int,
+        costs: Any = None,
+        returns: Any = None,
+    ) -> None:
+        self.runtime, self.capacity, self.learning_starts = runtime, capacity, learning_starts
+        remote = runtime.remote(ReplayShard, costs=costs, returns=returns)
+        self._make: Callable[[int, int], Any] = lambda index, born: remote.remote(
+            capacity, seed + 1_000 * index + 1_000_000 * born
+        )
+        self.shards = [self._make(index, 0) for index in range(shards)]
+        self.held = [0] * shards
+        """Transitions that each shard was given since it was made."""
+        self.born = [0] * shards
+        self.adds = self.draws = self.owed = 0
+        """Calls of `add` and `sample`; draws that are owed: one for each add to a filled memory."""
+
+    def __len__(self) -> int:
+        return int(np.minimum(self.held, self.capacity).sum())
+
+    @property
+    def filled(self) -> list[int]:
+        """The shards that may be drawn from."""
+        return [i for i, held in enumerate(self.held) if held >= self.learning_starts]
+
+    def add(self, transitions: Reference, count: int) -> None:
+        """Hands `count` transitions to the shard whose turn it is. Returns at once."""
+        index = self.adds % len(self.shards)
+        self.shards[index].keep.remote(transitions)
+        self.held[index] += count
+        self.adds += 1
+        self.owed += bool(self.filled)
+
+    def sample(self, batch_size: int) -> Reference:
+        """A reference to a batch of the next shard that is filled; IndexError if none is."""
+        index = self.filled[self.draws % len(self.filled)]
+        self.draws += 1
+        self.owed -= 1
+        return self.shards[index].batch.remote(batch_size)
+
+    def mend(self) -> int:
+        """Puts an empty shard in the place of each dead one, and tells how many died."""
+        dead = [i for i, shard in enumerate(self.shards) if not alive(self.runtime, shard)]
+        for index in dead:
+            self.born[index] += 1
+            self.shards[index] = self._make(index, self.born[index])
+            self.held[index] = 0
+        return len(dead)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What every shard holds, and the counts."""
+        with self.runtime.off_the_clock():
+            states = self.runtime.get([shard.state_dict.remote() for shard in self.shards])
+        counts = {"adds": self.adds, "draws": self.draws, "owed": self.owed}
+        return {"shards": states, "held": list(self.held), **counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state_dict`."""
+        pairs = zip(self.shards, state["shards"], strict=True)
+        with self.runtime.off_the_clock():
+            self.runtime.get([shard.load_state_dict.remote(kept) for shard, kept in pairs])
+        self.held, self.owed = list(state["held"]), state["owed"]
+        self.adds, self.draws = state["adds"], state["draws"]
