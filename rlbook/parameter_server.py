@@ -25,7 +25,6 @@ before it is compressed. RMSProp or Adam at the server, where DistBelief has Ada
 Book: chapter 06
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -46,11 +45,17 @@ from rlbook.parts.meter import Meter
 from rlbook.parts.networks import ActorCritic, LivePolicy, SamplingPolicy, sample_action
 from rlbook.parts.unroll import collect_unroll
 from rlbook.plumbing.cluster import Cluster, Node
-from rlbook.plumbing.codecs import DeltaDecoder, ErrorFeedback, Identity, decode, make_codec
+from rlbook.plumbing.codecs import DeltaDecoder, ErrorFeedback, decode, make_codec
 from rlbook.plumbing.gate import Gate
-from rlbook.plumbing.param_server import ParameterServer, shard_bounds
+from rlbook.plumbing.param_server import (
+    SERVER_COSTS,
+    ParameterServer,
+    priced_server,
+    server_units,
+    shard_bounds,
+)
 from rlbook.plumbing.runtime import RayRuntime, Runtime, make_runtime
-from rlbook.plumbing.shard import Gradient, Receipt, ServerSettings, Shard, Weights
+from rlbook.plumbing.shard import Gradient, Receipt, ServerSettings, Weights, fates
 from rlbook.plumbing.team import Team
 from rlbook.plumbing.virtual import StandIn
 
@@ -143,7 +148,7 @@ PRESETS = {
     "compressed": replace(CATCH, compression="topk:0.01+fp16"),
 }
 
-COSTS = {"env_step": 12e-6, "inference": 60e-6, "learn": 1.6e-3, "apply": 0.1e-3, "copy": 0.02e-3}
+COSTS = {"env_step": 12e-6, "inference": 60e-6, "learn": 1.6e-3} | SERVER_COSTS
 """Seconds of a unit of work on the virtual cluster, where none are given: one step of 32 copies of
 CartPole, one forward pass of 32 rows, one gradient of 512 rows, one update, one copy of the
 parameters. `units_of_work` measures them here."""
@@ -304,37 +309,24 @@ def drain(team: Team, server: ParameterServer) -> Turn:
 
 def book(run: Run, reports: list[Report], receipts: list[Receipt]) -> None:
     """Enters a turn's reports, and what became of earlier pushes, into the run's books."""
-    ages = [age for receipt in receipts for age in receipt.staleness]
-    refused = [reason for receipt in receipts for reason in receipt.refused if reason]
-    for name, values in (("staleness", ages), ("refused", refused)):
-        run.extra[name] = dict(Counter(run.extra.get(name, {})) + Counter(values))
     names = reports[0].metrics if reports else {}
     metrics = {name: float(np.mean([r.metrics[name] for r in reports])) for name in names}
-    if ages:
-        metrics |= {"staleness_mean": float(np.mean(ages)), "staleness_max": max(ages)}
-        metrics["gradients_rejected"] = len(refused) / len(ages)
     run.record(
         env_steps=sum(report.env_steps for report in reports),
         learner_steps=sum(not all(receipt.refused) for receipt in receipts),
         episodes=[episode for report in reports for episode in report.episodes],
-        metrics=metrics,
+        metrics=metrics | fates(run.extra, receipts),
     )
 
 
-def make_server(runtime: Runtime, config: Config, parameters: np.ndarray) -> ParameterServer:
-    """The shards, with what their work costs on a virtual cluster."""
-    settings = ServerSettings(
+def server_settings(config: Config) -> ServerSettings:
+    """How the shards update, and what they refuse."""
+    return ServerSettings(
         optimizer=config.optimizer,
         learning_rate=config.learning_rate,
         max_staleness=config.max_staleness,
         max_sigmas=config.max_sigmas,
         weights_codec=config.weights_compression,
-    )
-    share = 1 / config.num_shards
-    costs = {"push": {"apply": share}, "push_together": {"apply": share}, "pull": {"copy": share}}
-    returns = {"pull": StandIn(int(parameters.nbytes * share), Weights(0, b""))}
-    return ParameterServer(
-        runtime, parameters, config.num_shards, settings, costs=costs, returns=returns
     )
 
 
@@ -368,16 +360,12 @@ def units_of_work(config: Config) -> dict[str, Callable[[], object]]:
     """What `Cluster.measure` times, so that a virtual cluster is made of this computer's parts."""
     worker = Worker(config, 0)
     parameters = worker.flat.vector.numpy()
-    shard = Shard(parameters, ServerSettings(config.optimizer, config.learning_rate))
     actions = np.zeros(config.num_envs, np.int64)
     unroll = collect_unroll(worker.envs, worker.act, config.unroll_length)
-    gradient = Gradient(Identity().encode(parameters), 0, 1, 1.0)
-    return {
+    return server_units(parameters, server_settings(config)) | {
         "env_step": lambda: worker.envs.step(actions),
         "inference": lambda: worker.act(worker.envs.env_output.observation),
         "learn": lambda: worker.differentiate(unroll),
-        "apply": lambda: shard.push(gradient),
-        "copy": shard.pull,
     }
 
 
@@ -415,7 +403,7 @@ def train(config: Config, runtime: Runtime | None = None) -> Result:
     with own if runtime is None else nullcontext(runtime) as rt:
         flat = Flat(network := make_network(config, make_envs(config.env_id, 1, config.seed)))
         vector = flat.vector.numpy()
-        server = make_server(rt, config, vector)
+        server = priced_server(rt, vector, config.num_shards, server_settings(config))
         team = make_team(rt, config, server, vector)
         team.settle()  # the clock of the run begins when everybody is there
         policy = LivePolicy(SamplingPolicy(network), lambda: np.copyto(vector, server.weights()))

@@ -16,14 +16,15 @@ that was pushed is lost, and the parameters are the same as if nothing had happe
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from rlbook.plumbing.codecs import decode
+from rlbook.plumbing.codecs import Identity, decode
+from rlbook.plumbing.deeds import StandIn
 from rlbook.plumbing.runtime import ActorDiedError, Reference, Runtime
-from rlbook.plumbing.shard import Receipt, ServerSettings, Shard
+from rlbook.plumbing.shard import Gradient, Receipt, ServerSettings, Shard, Weights
 
 
 def shard_bounds(size: int, shards: int) -> list[tuple[int, int]]:
@@ -182,6 +183,31 @@ class ParameterServer:
     def _must_revive(self) -> None:
         if not self.revive():
             raise RuntimeError("parameter server: a call failed, but every shard is alive")
+
+
+SERVER_COSTS = {"apply": 0.1e-3, "copy": 0.02e-3}
+"""Seconds of one update and of one copy of some thousand parameters, where none are measured."""
+
+
+def priced_server(
+    runtime: Runtime, parameters: np.ndarray, shards: int, settings: ServerSettings
+) -> ParameterServer:
+    """A server whose shards take, on a virtual cluster, their share of "apply" and "copy", and
+    whose parameters have their true size in a hollow run.
+    """
+    share = 1 / shards
+    costs = {"push": {"apply": share}, "push_together": {"apply": share}, "pull": {"copy": share}}
+    returns = {"pull": StandIn(int(parameters.nbytes * share), Weights(0, b""))}
+    return ParameterServer(runtime, parameters, shards, settings, costs=costs, returns=returns)
+
+
+def server_units(
+    parameters: np.ndarray, settings: ServerSettings
+) -> dict[str, Callable[[], object]]:
+    """"apply" and "copy", done once by a shard that holds all `parameters`; to be measured."""
+    shard = Shard(parameters, settings)
+    gradient = Gradient(Identity().encode(parameters), 0, 1, 1.0)
+    return {"apply": lambda: shard.push(gradient), "copy": shard.pull}
 
 
 def alive(runtime: Runtime, actor: Any) -> bool:
