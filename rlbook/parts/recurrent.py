@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlbook.data import AgentOutput
+from rlbook.data import AgentOutput, Unroll
 from rlbook.parts.networks import make_torso
 
 State = tuple[Tensor, Tensor]
@@ -123,3 +123,16 @@ class RecurrentSamplingPolicy:
         """One sampled action for each row, and the next state."""
         output, state = recurrent_action(self.network, observation, state, first, rng)
         return output.action, state
+
+
+def unrolled(network: nn.Module, unroll: Unroll) -> tuple[Tensor, Tensor]:
+    """Logits `[T+1, B, A]` and values `[T+1, B]` of all rows of an unroll, by either kind of
+    actor-critic; one with memory starts from the unroll's `agent_state`.
+    """
+    observations = torch.from_numpy(unroll.env_outputs.observation)
+    if unroll.agent_state is not None:
+        first = torch.from_numpy(unroll.env_outputs.first)
+        return network(observations, first, unroll.agent_state)[:2]
+    logits, values = network(observations.flatten(0, 1))
+    rows = observations.shape[:2]
+    return logits.unflatten(0, rows), values.unflatten(0, rows)

@@ -14,6 +14,7 @@ request and its answer take about a tenth of a millisecond, on a pipe.
 
 from __future__ import annotations
 
+import pickle
 import sys
 import tempfile
 import time
@@ -105,7 +106,7 @@ class Crew:
         """Asks process `index` for `method(*arguments)` of its object. Returns at once."""
         self._asked[index].append(method)
         try:
-            self._children[index].pipe.send((method, arguments))
+            self._children[index].pipe.send_bytes(pickle.dumps((method, arguments)))
         except OSError:
             pass  # it died: found when its answer is waited for
 
@@ -131,6 +132,14 @@ class Crew:
                 return None
             if method != "__init__":
                 return who, answer
+
+    def rest(self) -> list[tuple[int, Any]]:
+        """Waits for all that is in flight: (who, answer) as they come."""
+        answers = []
+        while self.in_flight():
+            if (answer := self.first()) is not None:
+                answers.append(answer)
+        return answers
 
     def each(self, method: str, arguments: Sequence[tuple[Any, ...]] | None = None) -> list[Any]:
         """Asks all for `method` and waits: the answers by index. Other answers that come meanwhile
@@ -180,7 +189,8 @@ class Crew:
         self._made += 1
         self._asked[index] = deque(["__init__"])
         try:
-            child.pipe.send((self.kind, self._arguments(index, self.born[index])))
+            task = (self.kind, self._arguments(index, self.born[index]))
+            child.pipe.send_bytes(pickle.dumps(task))
         except OSError:
             pass  # found when it is waited for
         return child
@@ -198,7 +208,7 @@ class Crew:
         assert isinstance(ready, Connection)
         index = pipes[ready]
         try:
-            failure, answer, start, end = ready.recv()
+            failure, answer, start, end = pickle.loads(ready.recv_bytes())
         except (EOFError, OSError):
             self._replace(index)
             return index, None, None
@@ -228,11 +238,12 @@ def _serve(pipe: Connection) -> None:
     made: Any = None
     while True:
         try:
-            method, arguments = pipe.recv()
+            task = pipe.recv_bytes()
         except (EOFError, OSError):
             return
         start, answer, failure = time.monotonic(), None, None
         try:
+            method, arguments = pickle.loads(task)
             if made is None:
                 made = method(*arguments)
             else:
@@ -240,7 +251,7 @@ def _serve(pipe: Connection) -> None:
         except Exception:
             failure = traceback.format_exc()
         try:
-            pipe.send((failure, answer, start, time.monotonic()))
+            pipe.send_bytes(pickle.dumps((failure, answer, start, time.monotonic())))
         except OSError:
             return
 

@@ -28,15 +28,15 @@ import numpy as np
 ALIGNMENT = 64
 """Bytes; a cache line: two arrays never share one."""
 
-Fields = Mapping[str, tuple[tuple[int, ...], str]]
-"""Name → (shape, dtype)."""
+Fields = Mapping[str, tuple[tuple[int, ...], Any]]
+"""Name → (shape, numpy dtype)."""
 
 
 class SharedArrays:
     """Named arrays that start with zeros.
 
     Args:
-        fields: name → (shape, dtype).
+        fields: name → (shape, numpy dtype).
         descriptor: of memory that already holds these fields (in a child); None makes new memory.
     """
 

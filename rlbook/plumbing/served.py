@@ -1,0 +1,159 @@
+"""Workers that send gradients to a parameter server whenever they have one: the driver's turns.
+
+    served = Served(runtime, server, team)
+    reports, receipts = served.turn()      whoever is first: its gradient is applied, it goes on
+    reports, receipts = served.drain()     waits for all that is in flight
+    staleness(receipts, run.extra)         what became of earlier pushes, as metrics
+
+The wiring of chapter 06 with the rule "async", for other systems whose workers have
+``gradient(*weights) -> (report, *pieces)``.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from rlbook.plumbing.codecs import Identity
+from rlbook.plumbing.param_server import ParameterServer
+from rlbook.plumbing.runtime import Runtime
+from rlbook.plumbing.shard import Gradient, Receipt, ServerSettings, Shard, Weights
+from rlbook.plumbing.team import Team
+from rlbook.plumbing.timeline import Timeline
+from rlbook.plumbing.virtual import StandIn
+
+
+class Served:
+    """A team and its server, as a run conducts them.
+
+    Args:
+        runtime: where they live.
+        server: applies gradients.
+        team: workers; at the end of the constructor all of them are there.
+    """
+
+    def __init__(self, runtime: Runtime, server: ParameterServer, team: Team) -> None:
+        self.runtime, self.server, self.team = runtime, server, team
+        team.settle()
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {"server": self.server, "team": self.team, "runtime": self.runtime}
+
+    @property
+    def now(self) -> float:
+        """The runtime's clock."""
+        return self.runtime.now
+
+    def parameters(self) -> np.ndarray:
+        """The newest parameters `[P]`."""
+        return self.server.weights()
+
+    def turn(self) -> tuple[list[Any], list[Receipt]]:
+        """Waits for the first gradient and hands it on; its worker goes on from what that gave."""
+        team, server = self.team, self.server
+        for index in range(len(team.workers)):
+            while team.may_start(index):
+                team.start(index, server.pull(team.client(index)))
+        if (answer := team.first()) is None:
+            return [], []
+        server.push(answer.pieces)
+        # The newest receipts may still be on their way: nobody waits for them.
+        return [answer.report], server.receipts(newest=4 * (1 + len(team.in_flight)))
+
+    def drain(self) -> tuple[list[Any], list[Receipt]]:
+        """Waits for all that is in flight and applies it."""
+        answers = self.team.rest()
+        for answer in answers:
+            self.server.push(answer.pieces)
+        self.server.settle()
+        return [answer.report for answer in answers], self.server.receipts()
+
+    def timeline(self) -> Timeline:
+        """Who worked on what."""
+        return self.runtime.timeline()
+
+
+def make_server(
+    runtime: Runtime, parameters: np.ndarray, shards: int, settings: ServerSettings
+) -> ParameterServer:
+    """k shards; on a virtual cluster one applies in `apply` / k seconds and copies in `copy` / k.
+
+    Args:
+        runtime: where they live.
+        parameters: `[P]`, to start from.
+        shards: k.
+        settings: optimiser and gate.
+    """
+    share = 1 / shards
+    costs = {"push": {"apply": share}, "push_together": {"apply": share}, "pull": {"copy": share}}
+    returns = {"pull": StandIn(int(parameters.nbytes * share), Weights(0, b""))}
+    return ParameterServer(runtime, parameters, shards, settings, costs=costs, returns=returns)
+
+
+def make_team(
+    runtime: Runtime,
+    kind: type,
+    arguments: Callable[[int, int], tuple[Any, ...]],
+    server: ParameterServer,
+    *,
+    size: int,
+    calls_in_flight: int,
+    steps: int,
+    report: Any,
+) -> Team:
+    """Workers; on a virtual cluster a gradient costs `steps` times `env_step` and `inference`, and
+    `learn` once.
+
+    Args:
+        runtime: where they live.
+        kind: their class.
+        arguments: (index, how many died in this place) → what it is made with.
+        server: where the gradients go.
+        size: N.
+        calls_in_flight: gradients asked of a worker at once.
+        steps: T.
+        report: what stands in for a worker's report in a hollow run.
+    """
+    pieces = [StandIn(4 * (end - start)) for start, end in server.bounds]
+    costs = {"gradient": {"env_step": steps, "inference": steps, "learn": 1}}
+    remote = runtime.remote(kind, costs=costs, returns={"gradient": (report, *pieces)})
+
+    def make_worker(index: int, born: int) -> Any:
+        return remote.remote(*arguments(index, born))
+
+    return Team(runtime, make_worker, server, size=size, calls_in_flight=calls_in_flight)
+
+
+def units_of_work(worker: Any, settings: ServerSettings) -> dict[str, Callable[[], object]]:
+    """What `Cluster.measure` times, so that a virtual cluster is made of this computer's parts.
+
+    Args:
+        worker: has `envs`, `flat`, `act`, `unroll` and `differentiate`.
+        settings: of the shards.
+    """
+    shard = Shard(worker.flat.vector.numpy(), settings)
+    actions, unroll = np.zeros(worker.envs.num_envs, np.int64), worker.unroll()
+    gradient = Gradient(Identity().encode(worker.flat.vector.numpy()), 0, 1, 1.0)
+    return {
+        "env_step": lambda: worker.envs.step(actions),
+        "inference": lambda: worker.act(worker.envs.env_output.observation),
+        "learn": lambda: worker.differentiate(unroll),
+        "apply": lambda: shard.push(gradient),
+        "copy": shard.pull,
+    }
+
+
+def staleness(receipts: Sequence[Receipt], extra: dict[str, Any]) -> tuple[int, dict[str, float]]:
+    """(updates applied, metrics of staleness and refusals); counts of both are added to `extra`."""
+    ages = [age for receipt in receipts for age in receipt.staleness]
+    refused = [reason for receipt in receipts for reason in receipt.refused if reason]
+    for name, values in (("staleness", ages), ("refused", refused)):
+        extra[name] = dict(Counter(extra.get(name, {})) + Counter(values))
+    if not ages:
+        return 0, {}
+    metrics = {"staleness_mean": float(np.mean(ages)), "staleness_max": float(max(ages))}
+    metrics["gradients_rejected"] = len(refused) / len(ages)
+    return sum(not all(receipt.refused) for receipt in receipts), metrics
