@@ -30,6 +30,7 @@ Book: chapter 08
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -49,15 +50,14 @@ from rlbook.parts.meter import Meter
 from rlbook.parts.networks import LivePolicy
 from rlbook.parts.recurrent import unrolled
 from rlbook.parts.unroll import collect_unroll
-from rlbook.plumbing import served
 from rlbook.plumbing.cluster import Cluster, Node
-from rlbook.plumbing.codecs import Identity, decode
+from rlbook.plumbing.codecs import Identity
 from rlbook.plumbing.crew import Crew
 from rlbook.plumbing.hogwild import InSharedMemory, counted_parameters, updates_lost
-from rlbook.plumbing.param_server import shard_bounds
+from rlbook.plumbing.param_server import SERVER_COSTS, priced_server, shard_bounds
 from rlbook.plumbing.runtime import RayRuntime, Runtime, make_runtime
-from rlbook.plumbing.served import Served, make_server, make_team, staleness
-from rlbook.plumbing.shard import Gradient, Receipt, ServerSettings, Weights
+from rlbook.plumbing.served import Served, make_team, units_of_worker
+from rlbook.plumbing.shard import Gradient, Receipt, ServerSettings, Weights, fates, put_weights
 from rlbook.plumbing.shared import SharedArrays
 
 
@@ -146,7 +146,6 @@ PAPER = Config(
     rmsprop_epsilon=0.1,
     entropy_cost=0.01,
     max_gradient_norm=40.0,
-    rounds_per_report=20,
 )
 PRESETS = {
     "default": Config(),
@@ -154,16 +153,11 @@ PRESETS = {
     "parameter_server": Config(wiring="parameter_server", unroll_length=16, learning_rate=4e-3),
     "memory": Config(env_id="rlbook/Memory-v0", lstm_size=32, unroll_length=20, entropy_cost=0.01),
     "atari": replace(
-        PAPER,
-        env_id="ALE/Pong-v5",
-        num_envs=4,
-        unroll_length=20,
-        total_env_steps=10_000_000,
-        rounds_per_report=1,
+        PAPER, env_id="ALE/Pong-v5", num_envs=4, unroll_length=20, total_env_steps=10_000_000
     ),
 }
 
-COSTS = {"env_step": 12e-6, "inference": 15e-6, "learn": 1.2e-3, "apply": 0.1e-3, "copy": 0.02e-3}
+COSTS = {"env_step": 40e-6, "inference": 15e-6, "learn": 1e-3} | SERVER_COSTS
 """Seconds of a unit of work on the virtual cluster; `units_of_work` measures them here."""
 
 
@@ -201,6 +195,10 @@ class Report(NamedTuple):
     metrics: dict[str, float]
 
 
+Shared = SharedArrays | None
+"""Parameters, statistics and counts (see `rlbook.plumbing.hogwild`), or none."""
+
+
 class Worker:
     """An actor-learner: acts with a private copy θ' of the parameters and computes gradients.
 
@@ -216,7 +214,7 @@ class Worker:
         self,
         config: Config,
         index: int,
-        memory: SharedArrays | None = None,
+        memory: Shared = None,
         born: int = 0,
         metered: bool = False,
     ) -> None:
@@ -277,25 +275,19 @@ class Worker:
 
     def move(self, memory: SharedArrays, statistics: Tensor) -> Move:
         """Where the optimiser goes with the worker's gradient."""
-        config, gradient, rate = self.config, self.flat.gradients, self.config.learning_rate
+        config, rate, made = self.config, self.config.learning_rate, memory["updates"]
         if config.anneal_learning_rate:
             rate *= max(0.0, 1 - int(memory["env_steps"].sum()) / config.total_env_steps)
-        if config.optimizer == "rmsprop":
-            return rmsprop_move(
-                statistics=statistics,
-                gradient=gradient,
-                learning_rate=rate,
-                decay=config.rmsprop_decay,
-                epsilon=config.rmsprop_epsilon,
-            )
-        made = memory["updates"]
-        step = int(made.sum() if config.share_step else made[self.index])
-        return adam_move(statistics=statistics, gradient=gradient, learning_rate=rate, step=step)
+        rule = partial(rmsprop_move, decay=config.rmsprop_decay, epsilon=config.rmsprop_epsilon)
+        if config.optimizer == "adam":
+            step = int(made.sum() if config.share_step else made[self.index])
+            rule = partial(adam_move, step=step)
+        return rule(statistics=statistics, gradient=self.flat.gradients, learning_rate=rate)
 
     def gradient(self, *weights: Weights) -> tuple[Report | Gradient, ...]:
         """T steps with these parameters: a report, then the gradient's pieces for the shards."""
         self.meter.begin()
-        np.copyto(self.flat.vector.numpy(), np.concatenate([decode(w.blob) for w in weights]))
+        put_weights(self.flat.vector.numpy(), weights)
         norm = self.differentiate(self.unroll())
         whole = self.flat.gradients.numpy()
         bounds = shard_bounds(len(whole), len(weights))
@@ -359,7 +351,7 @@ def in_shared_memory(config: Config, parameters: np.ndarray, stack: ExitStack) -
 
 def with_server(config: Config, parameters: np.ndarray, runtime: Runtime) -> Served:
     """The second wiring: workers and shards on a runtime."""
-    server = make_server(runtime, parameters, config.num_shards, server_settings(config))
+    server = priced_server(runtime, parameters, config.num_shards, server_settings(config))
     metered = isinstance(runtime, RayRuntime)
     team = make_team(
         runtime,
@@ -395,7 +387,7 @@ def server_settings(config: Config) -> ServerSettings:
 
 def units_of_work(config: Config) -> dict[str, Callable[[], object]]:
     """What `Cluster.measure` times, so that a virtual cluster is made of this computer's parts."""
-    return served.units_of_work(Worker(config, 0), server_settings(config))
+    return units_of_worker(Worker(config, 0), server_settings(config))
 
 
 def make_network(config: Config, envs: Envs) -> Any:
@@ -418,13 +410,13 @@ def load_policy(config: Config, parts: dict[str, Any]) -> Any:
 
 def book(run: Run, reports: Sequence[Report], receipts: Sequence[Receipt]) -> None:
     """Enters a turn's reports, and what became of earlier pushes, into the run's books."""
-    if receipts:
-        applied, metrics = staleness(receipts, run.extra)
-        run.record(env_steps=0, learner_steps=applied, metrics=metrics)
+    applied = sum(not all(receipt.refused) for receipt in receipts)
+    memory = run.parts.get("memory")
+    metrics = fates(run.extra, receipts) if memory is None else updates_lost(memory)
+    if memory is not None:
+        run.extra |= metrics
+    run.record(env_steps=0, learner_steps=applied, metrics=metrics)
     for report in reports:
-        if "memory" in run.parts:
-            run.extra |= updates_lost(run.parts["memory"])
-            report.metrics.update(run.extra)
         run.record(**report._asdict())
 
 
@@ -439,16 +431,12 @@ def train(config: Config, runtime: Runtime | None = None) -> Result:
     flat = Flat(network := make_network(config, make_envs(config.env_id, 1, config.seed)))
     vector = flat.vector.numpy()
     with ExitStack() as stack:
-        wiring: InSharedMemory | Served
         if config.wiring == "shared_memory":
-            wiring = in_shared_memory(config, vector, stack)
+            wiring: Any = in_shared_memory(config, vector, stack)
         else:
-            wiring = with_server(
-                config, vector, runtime or stack.enter_context(own_runtime(config))
-            )
-        policy = LivePolicy(
-            sampling_policy(network), lambda: np.copyto(vector, wiring.parameters())
-        )
+            runtime = runtime or stack.enter_context(own_runtime(config))
+            wiring = with_server(config, vector, runtime)
+        policy = LivePolicy(sampling_policy(network), lambda: wiring.pull(vector))
         run = Run("a3c", config, policy, wiring.parts, lambda: wiring.now, checkpoints="asked")
         with run:
             while run.running():

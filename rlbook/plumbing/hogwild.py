@@ -84,9 +84,9 @@ class InSharedMemory:
         """The wall's clock."""
         return self.crew.now
 
-    def parameters(self) -> np.ndarray:
-        """The parameters as they are, `[P]`: some may be of one update and some of the next."""
-        return self.memory["parameters"]["value"]
+    def pull(self, vector: np.ndarray) -> None:
+        """Copies the parameters to `vector` `[P]`: some may be of one update, some of the next."""
+        np.copyto(vector, self.memory["parameters"]["value"])
 
     def turn(self) -> tuple[list[Any], tuple[()]]:
         """Waits for the first report. None comes where a worker died: another is in its place."""

@@ -3,25 +3,22 @@
     served = Served(runtime, server, team)
     reports, receipts = served.turn()      whoever is first: its gradient is applied, it goes on
     reports, receipts = served.drain()     waits for all that is in flight
-    staleness(receipts, run.extra)         what became of earlier pushes, as metrics
 
 The wiring of chapter 06 with the rule "async", for other systems whose workers have
 ``gradient(*weights) -> (report, *pieces)``.
 """
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from rlbook.plumbing.codecs import Identity
-from rlbook.plumbing.param_server import ParameterServer
+from rlbook.plumbing.deeds import StandIn
+from rlbook.plumbing.param_server import ParameterServer, server_units
 from rlbook.plumbing.runtime import Runtime
-from rlbook.plumbing.shard import Gradient, Receipt, ServerSettings, Shard, Weights
+from rlbook.plumbing.shard import Receipt, ServerSettings
 from rlbook.plumbing.team import Team
 from rlbook.plumbing.timeline import Timeline
-from rlbook.plumbing.virtual import StandIn
 
 
 class Served:
@@ -47,9 +44,9 @@ class Served:
         """The runtime's clock."""
         return self.runtime.now
 
-    def parameters(self) -> np.ndarray:
-        """The newest parameters `[P]`."""
-        return self.server.weights()
+    def pull(self, vector: np.ndarray) -> None:
+        """Copies the newest parameters to `vector` `[P]`."""
+        np.copyto(vector, self.server.weights())
 
     def turn(self) -> tuple[list[Any], list[Receipt]]:
         """Waits for the first gradient and hands it on; its worker goes on from what that gave."""
@@ -74,23 +71,6 @@ class Served:
     def timeline(self) -> Timeline:
         """Who worked on what."""
         return self.runtime.timeline()
-
-
-def make_server(
-    runtime: Runtime, parameters: np.ndarray, shards: int, settings: ServerSettings
-) -> ParameterServer:
-    """k shards; on a virtual cluster one applies in `apply` / k seconds and copies in `copy` / k.
-
-    Args:
-        runtime: where they live.
-        parameters: `[P]`, to start from.
-        shards: k.
-        settings: optimiser and gate.
-    """
-    share = 1 / shards
-    costs = {"push": {"apply": share}, "push_together": {"apply": share}, "pull": {"copy": share}}
-    returns = {"pull": StandIn(int(parameters.nbytes * share), Weights(0, b""))}
-    return ParameterServer(runtime, parameters, shards, settings, costs=costs, returns=returns)
 
 
 def make_team(
@@ -127,33 +107,16 @@ def make_team(
     return Team(runtime, make_worker, server, size=size, calls_in_flight=calls_in_flight)
 
 
-def units_of_work(worker: Any, settings: ServerSettings) -> dict[str, Callable[[], object]]:
+def units_of_worker(worker: Any, settings: ServerSettings) -> dict[str, Callable[[], object]]:
     """What `Cluster.measure` times, so that a virtual cluster is made of this computer's parts.
 
     Args:
         worker: has `envs`, `flat`, `act`, `unroll` and `differentiate`.
         settings: of the shards.
     """
-    shard = Shard(worker.flat.vector.numpy(), settings)
     actions, unroll = np.zeros(worker.envs.num_envs, np.int64), worker.unroll()
-    gradient = Gradient(Identity().encode(worker.flat.vector.numpy()), 0, 1, 1.0)
-    return {
+    return server_units(worker.flat.vector.numpy(), settings) | {
         "env_step": lambda: worker.envs.step(actions),
         "inference": lambda: worker.act(worker.envs.env_output.observation),
         "learn": lambda: worker.differentiate(unroll),
-        "apply": lambda: shard.push(gradient),
-        "copy": shard.pull,
     }
-
-
-def staleness(receipts: Sequence[Receipt], extra: dict[str, Any]) -> tuple[int, dict[str, float]]:
-    """(updates applied, metrics of staleness and refusals); counts of both are added to `extra`."""
-    ages = [age for receipt in receipts for age in receipt.staleness]
-    refused = [reason for receipt in receipts for reason in receipt.refused if reason]
-    for name, values in (("staleness", ages), ("refused", refused)):
-        extra[name] = dict(Counter(extra.get(name, {})) + Counter(values))
-    if not ages:
-        return 0, {}
-    metrics = {"staleness_mean": float(np.mean(ages)), "staleness_max": float(max(ages))}
-    metrics["gradients_rejected"] = len(refused) / len(ages)
-    return sum(not all(receipt.refused) for receipt in receipts), metrics
