@@ -207,16 +207,11 @@ class Worker:
         index: worker 0 draws as the single process of chapter 04 does.
         memory: what it shares with others; None with a parameter server.
         born: how many workers were in this place before (they died): a new one draws anew.
-        metered: report where the time went (of the wall, so never on a virtual clock).
+        meter: report where the time went (of the wall, so never on a virtual clock).
     """
 
     def __init__(
-        self,
-        config: Config,
-        index: int,
-        memory: Shared = None,
-        born: int = 0,
-        metered: bool = False,
+        self, config: Config, index: int, memory: Shared = None, born: int = 0, meter: bool = False
     ) -> None:
         torch.set_num_threads(1)
         seed = config.seed + 1_000 * index + 1_000_000 * born
@@ -225,7 +220,7 @@ class Worker:
         self.network = make_network(config, self.envs)
         self.flat = Flat(self.network)
         self.sampler = Sampler(self.network, config.num_envs, np.random.default_rng([seed, 1]))
-        self.meter = Meter(metered)
+        self.meter = Meter(meter)
         self.meter.watch(self.envs, "step", "env")
         self.meter.watch(self.sampler, "act", "inference")
         self.meter.watch(self, "differentiate", "gradient")
