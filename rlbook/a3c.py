@@ -151,7 +151,9 @@ PRESETS = {
     "default": Config(),
     "paper": PAPER,
     "parameter_server": Config(wiring="parameter_server", unroll_length=16, learning_rate=4e-3),
-    "memory": Config(env_id="rlbook/Memory-v0", lstm_size=32, unroll_length=20, entropy_cost=0.01),
+    "memory": Config(
+        env_id="rlbook/Memory-v0", lstm_size=32, num_envs=8, unroll_length=20, learning_rate=1e-2
+    ),
     "atari": replace(
         PAPER, env_id="ALE/Pong-v5", num_envs=4, unroll_length=20, total_env_steps=10_000_000
     ),
