@@ -29,16 +29,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlbook.data import Transition
-from rlbook.harness.config import RunConfig, at_least, within
+from rlbook.harness.config import RunConfig, at_least, at_most, within
 from rlbook.harness.doctor import require_memory
 from rlbook.harness.run import Result, Run
 from rlbook.maths.exploration import linear_schedule
-from rlbook.maths.losses import huber
 from rlbook.parts.envs import Envs, make_envs, require_discrete
 from rlbook.parts.flat import Flat
 from rlbook.parts.networks import GreedyPolicy, QNetwork
-from rlbook.parts.q_learning import Player, td_errors
+from rlbook.parts.q_learning import Player, td_gradient
 from rlbook.parts.replay import PrioritizedReplay, Sample, UniformReplay
 
 
@@ -91,11 +89,7 @@ class Config(RunConfig):
         within(self, 0.0, 1.0, "discount", "epsilon_end", "priority_exponent")
         within(self, 0.0, 1.0, "importance_exponent")
         at_least(self, 0.0, "learning_rate", "max_gradient_norm")
-        if self.learning_starts > self.replay_capacity:
-            raise ValueError(
-                f"learning_starts: {self.learning_starts} transitions never fit into a"
-                f" replay_capacity of {self.replay_capacity}"
-            )
+        at_most(self, "learning_starts", "replay_capacity")
 
 
 PRESETS = {
@@ -132,20 +126,15 @@ class Learner:
 
     def update(self, sample: Sample) -> tuple[np.ndarray, dict[str, float]]:
         """One gradient step on a batch: (|TD errors| `[N]`, metrics)."""
-        batch = Transition(*(torch.from_numpy(column) for column in sample.items))
-        errors = td_errors(self.online, self.target, batch, self.config.double)
-        weights = torch.from_numpy(sample.weights).to(errors.dtype)
-        loss = (weights * huber(errors)).mean()
-        self.flat.gradients.zero_()
-        loss.backward()
-        norm = self.flat.clip(self.config.max_gradient_norm)
+        networks = self.online, self.target
+        absolute, metrics = td_gradient(
+            self.flat, networks, sample, self.config.double, self.config.max_gradient_norm
+        )
         self.optimizer.step()
         self.updates += 1
         if self.updates % self.config.target_period == 0:
             self.target.load_state_dict(self.online.state_dict())
-        absolute = errors.detach().abs()
-        metrics = {"loss": loss.item(), "td_error_mean": absolute.mean().item()}
-        return absolute.numpy(), {**metrics, "gradient_norm": norm}
+        return absolute, metrics
 
     def state_dict(self) -> dict[str, Any]:
         """Both networks, the optimiser and the count of updates."""

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from rlbook.data import AgentOutput, Unroll
 from rlbook.harness.config import RunConfig, accepted, at_least, one_of, within
+from rlbook.harness.measures import mean_metrics
 from rlbook.harness.run import Result, Run
 from rlbook.maths.losses import entropy_loss, policy_gradient_loss, value_loss
 from rlbook.maths.returns import lambda_returns
@@ -44,19 +45,21 @@ from rlbook.parts.flat import Flat
 from rlbook.parts.meter import Meter
 from rlbook.parts.networks import ActorCritic, LivePolicy, SamplingPolicy, sample_action
 from rlbook.parts.unroll import collect_unroll
-from rlbook.plumbing.cluster import Cluster, Node
+from rlbook.plumbing.cluster import own_runtime
 from rlbook.plumbing.codecs import DeltaDecoder, ErrorFeedback, decode, make_codec
-from rlbook.plumbing.gate import Gate
 from rlbook.plumbing.param_server import (
     SERVER_COSTS,
+    Alive,
     ParameterServer,
+    fates,
     priced_server,
     server_units,
     shard_bounds,
+    stored_parameters,
 )
-from rlbook.plumbing.runtime import RayRuntime, Runtime, make_runtime
-from rlbook.plumbing.shard import Gradient, Receipt, ServerSettings, Weights, fates
-from rlbook.plumbing.team import Team
+from rlbook.plumbing.runtime import Runtime
+from rlbook.plumbing.shard import Gradient, Receipt, ServerSettings, Weights
+from rlbook.plumbing.team import Team, place_seed, remote_team
 from rlbook.plumbing.virtual import StandIn
 
 
@@ -111,7 +114,6 @@ class Config(RunConfig):
         """Refuses bad values."""
         super().__post_init__()
         one_of(self, "update_rule", ("async", "sync", "bounded"))
-        one_of(self, "optimizer", ("adam", "rmsprop", "adagrad", "sgd"))
         one_of(self, "runtime", ("ray", "virtual"))
         at_least(self, 1, "num_workers", "num_shards", "unroll_length", "calls_in_flight")
         at_least(self, 0, "staleness_bound", "num_groups")
@@ -122,7 +124,7 @@ class Config(RunConfig):
                 'num_groups: needs update_rule "sync" and at most num_workers groups, got'
                 f" {self.num_groups} with {self.update_rule!r} and {self.num_workers} workers"
             )
-        Gate(self.max_staleness, self.max_sigmas)
+        ServerSettings.of(self)
         accepted(self, make_codec, "compression", "weights_compression")
 
     @property
@@ -189,7 +191,7 @@ class Report(NamedTuple):
     metrics: dict[str, float]
 
 
-class Worker:
+class Worker(Alive):
     """Acts with pulled parameters and computes a gradient from what it saw.
 
     Args:
@@ -201,7 +203,7 @@ class Worker:
 
     def __init__(self, config: Config, index: int, born: int = 0, metered: bool = False) -> None:
         torch.set_num_threads(1)
-        seed = config.seed + 1_000 * index + 1_000_000 * born
+        seed = place_seed(config.seed, index, born)
         self.config = config
         self.envs = make_envs(config.env_id, config.num_envs, seed)
         self.rng = np.random.default_rng([seed, 1])
@@ -230,10 +232,6 @@ class Worker:
         metrics["bytes_per_env_step"] = (metrics["bytes_sent"] + received) / max(samples, 1)
         report = Report(samples, self.envs.episodes(), {**metrics, **self.meter.fractions()})
         return report, *pieces
-
-    def alive(self) -> bool:
-        """True; a call that only a living process answers."""
-        return True
 
     def state_dict(self) -> dict[str, Any]:
         """Environments, random generator, what compression still owes, and known parameters."""
@@ -309,24 +307,12 @@ def drain(team: Team, server: ParameterServer) -> Turn:
 
 def book(run: Run, reports: list[Report], receipts: list[Receipt]) -> None:
     """Enters a turn's reports, and what became of earlier pushes, into the run's books."""
-    names = reports[0].metrics if reports else {}
-    metrics = {name: float(np.mean([r.metrics[name] for r in reports])) for name in names}
+    metrics = mean_metrics([report.metrics for report in reports])
     run.record(
         env_steps=sum(report.env_steps for report in reports),
         learner_steps=sum(not all(receipt.refused) for receipt in receipts),
         episodes=[episode for report in reports for episode in report.episodes],
         metrics=metrics | fates(run.extra, receipts),
-    )
-
-
-def server_settings(config: Config) -> ServerSettings:
-    """How the shards update, and what they refuse."""
-    return ServerSettings(
-        optimizer=config.optimizer,
-        learning_rate=config.learning_rate,
-        max_staleness=config.max_staleness,
-        max_sigmas=config.max_sigmas,
-        weights_codec=config.weights_compression,
     )
 
 
@@ -338,17 +324,14 @@ def make_team(
     noise = np.random.default_rng(0).normal(size=len(parameters)).astype(parameters.dtype)
     size = len(make_codec(config.compression).encode(noise))
     report = Report(steps * config.num_envs, [], {})
-    remote = runtime.remote(
-        Worker,
-        costs={"gradient": {"env_step": steps, "inference": steps, "learn": 1}},
-        returns={"gradient": (report, *[StandIn(size // config.num_shards)] * config.num_shards)},
-    )
-    return Team(
+    return remote_team(
         runtime,
-        lambda index, born: remote.remote(config, index, born, isinstance(runtime, RayRuntime)),
+        Worker,
+        config,
         server,
-        size=config.num_workers,
-        calls_in_flight=config.calls_in_flight,
+        config.num_workers,
+        costs={"env_step": steps, "inference": steps, "learn": 1},
+        returns=(report, *[StandIn(size // config.num_shards)] * config.num_shards),
         bound=config.staleness_bound if config.update_rule == "bounded" else None,
         clients=config.weights_compression != "none",
         groups=config.num_groups,
@@ -362,7 +345,7 @@ def units_of_work(config: Config) -> dict[str, Callable[[], object]]:
     parameters = worker.flat.vector.numpy()
     actions = np.zeros(config.num_envs, np.int64)
     unroll = collect_unroll(worker.envs, worker.act, config.unroll_length)
-    return server_units(parameters, server_settings(config)) | {
+    return server_units(parameters, ServerSettings.of(config)) | {
         "env_step": lambda: worker.envs.step(actions),
         "inference": lambda: worker.act(worker.envs.env_output.observation),
         "learn": lambda: worker.differentiate(unroll),
@@ -379,9 +362,7 @@ def make_network(config: Config, envs: Envs) -> ActorCritic:
 def load_policy(config: Config, parts: dict[str, Any]) -> SamplingPolicy:
     """The policy of a checkpoint."""
     network = make_network(config, make_envs(config.env_id, 1, config.seed))
-    shards = parts["server"]["shards"]
-    vector = np.concatenate([shard["parameters"] for shard in shards])
-    np.copyto(Flat(network).vector.numpy(), vector)
+    np.copyto(Flat(network).vector.numpy(), stored_parameters(parts["server"]))
     return SamplingPolicy(network)
 
 
@@ -393,17 +374,11 @@ def train(config: Config, runtime: Runtime | None = None) -> Result:
         runtime: an open one to run on; by default one of its own, as `config` says.
     """
     torch.set_num_threads(config.torch_threads)
-    nodes = (Node(cores=config.num_workers + config.num_shards),)
-    own = make_runtime(
-        config.runtime,
-        seed=config.seed,
-        cluster=Cluster(nodes=nodes, costs=COSTS),
-        address=config.ray_address,
-    )
+    own = own_runtime(config, config.num_workers + config.num_shards, COSTS)
     with own if runtime is None else nullcontext(runtime) as rt:
         flat = Flat(network := make_network(config, make_envs(config.env_id, 1, config.seed)))
         vector = flat.vector.numpy()
-        server = priced_server(rt, vector, config.num_shards, server_settings(config))
+        server = priced_server(rt, vector, config.num_shards, ServerSettings.of(config))
         team = make_team(rt, config, server, vector)
         team.settle()  # the clock of the run begins when everybody is there
         policy = LivePolicy(SamplingPolicy(network), lambda: np.copyto(vector, server.weights()))

@@ -105,6 +105,13 @@ def within(config: Any, low: float, high: float, *fields: str) -> None:
             raise ValueError(f"{field}: must be between {low} and {high}, got {value}")
 
 
+def at_most(config: Any, field: str, limit: str) -> None:
+    """ValueError if a field is larger than another one, its limit."""
+    value, most = getattr(config, field), getattr(config, limit)
+    if value > most:
+        raise ValueError(f"{field}: must be at most {limit}, which is {most}, got {value}")
+
+
 def one_of(config: Any, field: str, allowed: tuple[str, ...]) -> None:
     """ValueError if a field is none of the allowed words."""
     value = getattr(config, field)

@@ -1,7 +1,7 @@
 """What a run measures of itself: seconds of training, and the last episodes."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,3 +87,9 @@ def of_turns(name: str, values: Sequence[float]) -> float | None:
     """A metric of several turns: the mean, or the largest where the name ends in `_max`."""
     finite = [value for value in values if np.isfinite(value)]
     return max(finite, default=None) if name.endswith("_max") else mean(values)
+
+
+def mean_metrics(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric over those that have it, by name in order."""
+    names = sorted({name for one in metrics for name in one})
+    return {name: float(np.mean([one[name] for one in metrics if name in one])) for name in names}

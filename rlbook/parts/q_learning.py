@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from rlbook.data import Transition
-from rlbook.maths.losses import double_q_td_errors, q_td_errors
+from rlbook.maths.losses import double_q_td_errors, huber, q_td_errors
 from rlbook.parts.envs import Envs, Step
+from rlbook.parts.flat import Flat
 from rlbook.parts.networks import QNetwork, action_values
+from rlbook.parts.replay import Sample
 
 
 class NStepWindow:
@@ -75,6 +77,34 @@ def td_errors(online: nn.Module, target: nn.Module, batch: Transition, double: b
     if q_t_selector is None:
         return q_td_errors(q_tm1=q_tm1, q_t=q_t, **rows)
     return double_q_td_errors(q_tm1=q_tm1, q_t_selector=q_t_selector, q_t_value=q_t, **rows)
+
+
+def td_gradient(
+    flat: Flat, networks: tuple[nn.Module, nn.Module], sample: Sample, double: bool, limit: float
+) -> tuple[np.ndarray, dict[str, float]]:
+    """Leaves the gradient of DQN's loss in `flat.gradients`: the mean of weighted Huber losses.
+
+    Args:
+        flat: of the online network.
+        networks: online and target.
+        sample: a batch, `[N, ...]`, and the weight of each row.
+        double: see `td_errors`.
+        limit: the gradient is scaled down to this Euclidean norm.
+
+    Returns:
+        |TD errors| `[N]`, and loss, td_error_mean, gradient_norm (before clipping).
+    """
+    # Arrays from another process are read-only, which PyTorch does not know.
+    rows = [torch.from_numpy(np.require(column, None, "W")) for column in sample.items]
+    errors = td_errors(*networks, Transition(*rows), double)
+    weights = torch.from_numpy(np.require(sample.weights, None, "W")).to(errors.dtype)
+    loss = (weights * huber(errors)).mean()
+    flat.gradients.zero_()
+    loss.backward()
+    norm = flat.clip(limit)
+    absolute = errors.detach().abs()
+    metrics = {"loss": loss.item(), "td_error_mean": absolute.mean().item(), "gradient_norm": norm}
+    return absolute.numpy(), metrics
 
 
 def epsilon_greedy(q: np.ndarray, epsilon: float, rng: np.random.Generator) -> np.ndarray:

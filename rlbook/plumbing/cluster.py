@@ -20,11 +20,14 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from rlbook.plumbing.runtime import RayRuntime
+from rlbook.plumbing.runtime import RayRuntime, make_runtime
+
+if TYPE_CHECKING:
+    from rlbook.plumbing.virtual import VirtualRuntime
 
 Work = float | Mapping[str, float]
 """How much there is to do: seconds, or an amount of each unit (``{"env_step": 1280}``)."""
@@ -228,3 +231,16 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def own_runtime(config: Any, cores: int, costs: Mapping[str, float]) -> RayRuntime | VirtualRuntime:
+    """The runtime that a system opens for itself where it is given none.
+
+    Args:
+        config: with `runtime`, `ray_address` and `seed`.
+        cores: of the virtual cluster's one node.
+        costs: of its units of work.
+    """
+    cluster = Cluster(nodes=(Node(cores=cores),), costs=costs)
+    kind, address = config.runtime, config.ray_address
+    return make_runtime(kind, seed=config.seed, cluster=cluster, address=address)

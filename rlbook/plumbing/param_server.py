@@ -15,8 +15,8 @@ dies, a new one starts from the snapshot and gets the same pushes again in the s
 that was pushed is lost, and the parameters are the same as if nothing had happened, bit for bit.
 """
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,7 @@ class ParameterServer:
         """Pushes since the snapshots: for each push and shard, the pieces that it was given."""
         self._receipts: deque[Reference] = deque()
         """From the first shard, of the newest pushes of the log."""
+        self.nbytes = parameters.nbytes
         self.revived = 0
         """Shards that died and were made anew."""
 
@@ -204,10 +205,57 @@ def priced_server(
 def server_units(
     parameters: np.ndarray, settings: ServerSettings
 ) -> dict[str, Callable[[], object]]:
-    """"apply" and "copy", done once by a shard that holds all `parameters`; to be measured."""
+    """What "apply" and "copy" are, done by a shard with all of `parameters`; to be measured."""
     shard = Shard(parameters, settings)
     gradient = Gradient(Identity().encode(parameters), 0, 1, 1.0)
     return {"apply": lambda: shard.push(gradient), "copy": shard.pull}
+
+
+def fates(counts: dict[str, Any], receipts: Sequence[Receipt]) -> dict[str, float]:
+    """Adds up in `counts` how old gradients were and why some were refused; metrics of these ones.
+
+    Args:
+        counts: of a run; gets "staleness" (age → gradients) and "refused" (reason → gradients).
+        receipts: new ones.
+    """
+    ages = [age for receipt in receipts for age in receipt.staleness]
+    refused = [reason for receipt in receipts for reason in receipt.refused if reason]
+    for name, values in (("staleness", ages), ("refused", refused)):
+        counts[name] = dict(Counter(counts.get(name, {})) + Counter(values))
+    if not ages:
+        return {}
+    rejected = len(refused) / len(ages)
+    mean, largest = float(np.mean(ages)), float(max(ages))
+    return {"staleness_mean": mean, "staleness_max": largest, "gradients_rejected": rejected}
+
+
+def stored_parameters(state: Mapping[str, Any]) -> np.ndarray:
+    """The parameters `[P]` in what a server's `state_dict` gave."""
+    return np.concatenate([shard["parameters"] for shard in state["shards"]])
+
+
+class Alive:
+    """What a driver must be able to ask of any process."""
+
+    def alive(self) -> bool:
+        """True; a call that only a living process answers."""
+        return True
+
+
+class Bundle(Alive):
+    """A process made of parts that each keep their own state."""
+
+    parts: tuple[str, ...] = ()
+    """Names of the attributes."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of every part."""
+        return {name: getattr(self, name).state_dict() for name in self.parts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state_dict`."""
+        for name in self.parts:
+            getattr(self, name).load_state_dict(state[name])
 
 
 def alive(runtime: Runtime, actor: Any) -> bool:

@@ -1,7 +1,7 @@
 """A replay memory in shards, each a process of its own, as their driver holds them.
 
     actor ── reference to transitions ──► add ──► shard 0, shard 1, … in turn
-                                          sample ──► reference to a batch ──► learner
+                                          sample ──► reference to a `Sample` ──► learner
 
 The driver never sees a transition: it hands references on, and counts what each shard was given. A
 shard that dies takes what it held with it; an empty one takes its place and is drawn from once it
@@ -15,11 +15,13 @@ import numpy as np
 
 from rlbook.data import Transition
 from rlbook.parts.replay import UniformReplay
-from rlbook.plumbing.param_server import alive
+from rlbook.plumbing.deeds import StandIn
+from rlbook.plumbing.param_server import Alive, alive
 from rlbook.plumbing.runtime import Reference, Runtime
+from rlbook.plumbing.team import place_seed
 
 
-class ReplayShard(UniformReplay[Transition]):
+class ReplayShard(UniformReplay[Transition], Alive):
     """A ring of transitions to draw from, uniformly."""
 
     def keep(self, transitions: Transition | None) -> None:
@@ -27,42 +29,30 @@ class ReplayShard(UniformReplay[Transition]):
         if transitions is not None:
             self.add(transitions)
 
-    def batch(self, size: int) -> Transition:
-        """`size` transitions, drawn alike, with replacement."""
-        return self.sample(size).items
-
-    def alive(self) -> bool:
-        """True; a call that only a living process answers."""
-        return True
-
 
 class ReplayServer:
     """R shards behind one name.
 
+    On a virtual cluster one `keep` costs an "add" and one batch a "sample".
+
     Args:
         runtime: where they live.
+        config: of the system, with `replay_capacity` and `learning_starts` (transitions in a
+            shard), `batch_size` and `seed`.
         shards: R.
-        capacity: transitions that a shard keeps.
-        learning_starts: transitions in a shard before it is drawn from.
-        seed: of the draws; each shard has its own stream.
-        costs, returns: of `ReplayShard`, for the virtual clock.
+        row_bytes: of a transition, for hollow runs.
     """
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        *,
-        shards: int,
-        capacity: int,
-        learning_starts: int,
-        seed: int,
-        costs: Any = None,
-        returns: Any = None,
-    ) -> None:
-        self.runtime, self.capacity, self.learning_starts = runtime, capacity, learning_starts
-        remote = runtime.remote(ReplayShard, costs=costs, returns=returns)
+    def __init__(self, runtime: Runtime, config: Any, shards: int, row_bytes: int = 0) -> None:
+        self.runtime, self.batch_size = runtime, config.batch_size
+        self.capacity, self.learning_starts = config.replay_capacity, config.learning_starts
+        remote = runtime.remote(
+            ReplayShard,
+            costs={"keep": {"add": 1}, "sample": {"sample": 1}},
+            returns={"sample": StandIn(config.batch_size * row_bytes)},
+        )
         self._make: Callable[[int, int], Any] = lambda index, born: remote.remote(
-            capacity, seed + 1_000 * index + 1_000_000 * born
+            config.replay_capacity, place_seed(config.seed, index, born)
         )
         self.shards = [self._make(index, 0) for index in range(shards)]
         self.held = [0] * shards
@@ -87,12 +77,12 @@ class ReplayServer:
         self.adds += 1
         self.owed += bool(self.filled)
 
-    def sample(self, batch_size: int) -> Reference:
+    def sample(self) -> Reference:
         """A reference to a batch of the next shard that is filled; IndexError if none is."""
         index = self.filled[self.draws % len(self.filled)]
         self.draws += 1
         self.owed -= 1
-        return self.shards[index].batch.remote(batch_size)
+        return self.shards[index].sample.remote(self.batch_size)
 
     def mend(self) -> int:
         """Puts an empty shard in the place of each dead one, and tells how many died."""
@@ -101,6 +91,8 @@ class ReplayServer:
             self.born[index] += 1
             self.shards[index] = self._make(index, self.born[index])
             self.held[index] = 0
+        if not self.filled:
+            self.owed = 0
         return len(dead)
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,7 +11,6 @@ Both are plain classes; a driver makes them remote. All shards see the same push
 order, and each judges with statistics of its own: so they agree without a word between them.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -79,6 +78,17 @@ class ServerSettings(NamedTuple):
     max_sigmas: float | None = None
     weights_codec: str = "none"
     """How differences of the parameters are sent to clients that pull by name."""
+
+    @classmethod
+    def of(cls, config: Any) -> "ServerSettings":
+        """The fields that a system's config has; ValueError if one is out of range."""
+        fields = {name: getattr(config, name) for name in cls._fields if hasattr(config, name)}
+        settings = cls(**fields, weights_codec=getattr(config, "weights_compression", "none"))
+        if settings.optimizer not in OPTIMIZERS:
+            allowed = ", ".join(OPTIMIZERS)
+            raise ValueError(f"optimizer: must be one of {allowed}; got {settings.optimizer!r}")
+        Gate(settings.max_staleness, settings.max_sigmas)
+        return settings
 
 
 class Shard:
@@ -222,21 +232,3 @@ def weighted_mean(gradients: Sequence[Gradient]) -> np.ndarray:
 def put_weights(vector: np.ndarray, weights: Sequence[Weights]) -> None:
     """Fills `vector` `[P]` with the whole parameters of all shards, pulled without a name."""
     np.concatenate([decode(piece.blob) for piece in weights], out=vector)
-
-
-def fates(counts: dict[str, Any], receipts: Sequence[Receipt]) -> dict[str, float]:
-    """Adds up in `counts` how old gradients were and why some were refused; metrics of these ones.
-
-    Args:
-        counts: of a run; gets "staleness" (age → gradients) and "refused" (reason → gradients).
-        receipts: new ones.
-    """
-    ages = [age for receipt in receipts for age in receipt.staleness]
-    refused = [reason for receipt in receipts for reason in receipt.refused if reason]
-    for name, values in (("staleness", ages), ("refused", refused)):
-        counts[name] = dict(Counter(counts.get(name, {})) + Counter(values))
-    if not ages:
-        return {}
-    rejected = len(refused) / len(ages)
-    mean, largest = float(np.mean(ages)), float(max(ages))
-    return {"staleness_mean": mean, "staleness_max": largest, "gradients_rejected": rejected}

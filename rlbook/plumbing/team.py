@@ -10,13 +10,13 @@ A worker is a plain class with ``gradient(*weights) -> (report, *pieces)``, ``al
 names what they are asked for, and `pieces` in how many parts it comes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlbook.plumbing.param_server import ParameterServer, alive
-from rlbook.plumbing.runtime import ActorDiedError, Reference, Runtime
+from rlbook.plumbing.param_server import Alive, ParameterServer, alive
+from rlbook.plumbing.runtime import ActorDiedError, RayRuntime, Reference, Runtime
 from rlbook.plumbing.shard import Aggregator
 
 
@@ -119,6 +119,10 @@ class Team:
         self._in_a_row = 0
         return Answer(index, report, pieces)
 
+    def next(self) -> list[Answer]:
+        """The first report as a list, which is empty if a process died instead."""
+        return [] if (answer := self.first()) is None else [answer]
+
     def rest(self) -> list[Answer]:
         """Waits for all that is in flight: the answers in the order of workers."""
         answers = []
@@ -164,3 +168,47 @@ class Team:
         if not alive(self.runtime, self.workers[index]):
             self.born[index] += 1
             self.workers[index] = self._make_worker(index, self.born[index])
+
+
+def place_seed(seed: int, index: int, born: int) -> int:
+    """The seed of who is the `born`-th in place `index`: 0, 0 gives the run's own."""
+    return seed + 1_000 * index + 1_000_000 * born
+
+
+def remote_team(
+    runtime: Runtime,
+    kind: type[Alive],
+    config: Any,
+    server: ParameterServer,
+    size: int,
+    *,
+    method: str = "gradient",
+    costs: Mapping[str, float],
+    returns: tuple[Any, ...],
+    **rules: Any,
+) -> Team:
+    """A team of `size` processes `kind(config, index, born, metered)`.
+
+    Args:
+        runtime: where they live; on real processes they measure where their time goes.
+        kind: the class.
+        config: of the system, with `calls_in_flight`.
+        server: where gradients go.
+        size: N.
+        method: what they are asked for.
+        costs: units of work of one answer, for the virtual clock.
+        returns: what stands for an answer in a hollow run: a report, and the parts.
+        rules: see `Team`.
+    """
+    remote = runtime.remote(kind, costs={method: costs}, returns={method: returns})
+    metered = isinstance(runtime, RayRuntime)
+    return Team(
+        runtime,
+        lambda index, born: remote.remote(config, index, born, metered),
+        server,
+        size=size,
+        calls_in_flight=config.calls_in_flight,
+        method=method,
+        pieces=len(returns) - 1,
+        **rules,
+    )
