@@ -150,7 +150,9 @@ PAPER = Config(
 PRESETS = {
     "default": Config(),
     "paper": PAPER,
-    "parameter_server": Config(wiring="parameter_server", unroll_length=16, learning_rate=4e-3),
+    "parameter_server": Config(
+        wiring="parameter_server", unroll_length=16, learning_rate=5e-3, calls_in_flight=2
+    ),
     "memory": Config(
         env_id="rlbook/Memory-v0", lstm_size=32, num_envs=8, unroll_length=20, learning_rate=1e-2
     ),
@@ -296,8 +298,7 @@ class Worker:
 
     def report(self, env_steps: int, updates: int) -> Report:
         """What the driver learns."""
-        metrics = self.metrics | self.meter.fractions()
-        return Report(env_steps, updates, self.envs.episodes(), metrics)
+        return Report(env_steps, updates, self.envs.episodes(), self.metrics | self.meter.fractions())
 
     def unroll(self) -> Unroll:
         """T steps of B copies, with the recurrent state before them."""

@@ -19,7 +19,7 @@ advantage A_t:
 - `a2c`:       n steps of reward, then the value: r_t + … + γ^n V(x_{t+n}) − V(x_t), on unrolls of T
                steps by B copies: the synchronous form of A3C (Mnih et al., 2016, algorithm S3).
 
-Differs from the papers: Adam in place of plain gradient ascent or RMSProp; losses are means over
+Differs from the papers: Adam by default in place of plain gradient ascent or RMSProp; losses are means over
 valid rows. REINFORCE needs whole episodes: every copy plays one, and what a copy plays while it
 waits for the longest is thrown away.
 
@@ -35,13 +35,14 @@ import torch
 from torch import Tensor, nn
 
 from rlbook.data import AgentOutput, EnvOutput, Unroll
-from rlbook.harness.config import RunConfig, at_least, one_of, within
+from rlbook.harness.config import RunConfig, above, at_least, one_of, within
 from rlbook.harness.run import Result, Run
 from rlbook.maths.losses import entropy_loss, policy_gradient_loss, value_loss
 from rlbook.maths.returns import discounted_returns, lambda_returns
 from rlbook.parts.envs import Envs, make_envs, require_discrete
 from rlbook.parts.flat import Flat
 from rlbook.parts.networks import ActorCritic, SamplingPolicy, sample_action
+from rlbook.parts.optim import RMSProp
 from rlbook.parts.unroll import collect_unroll
 
 
@@ -57,8 +58,12 @@ class Config(RunConfig):
     """γ."""
     lambda_: float = 0.9
     """λ of the λ-returns of A2C; 1 gives the paper's n-step returns."""
+    optimizer: Literal["adam", "rmsprop"] = "adam"
+    """Adam, or A3C's RMSProp: α = 0.99, ε inside the root."""
+    rmsprop_epsilon: float = 1e-5
+    """ε of RMSProp."""
     learning_rate: float = 2.5e-3
-    """Adam's step size (A3C: RMSProp, searched from 1e-4 to 1e-2; its authors name 7e-4)."""
+    """The optimiser's step size (A3C: searched from 1e-4 to 1e-2; its authors name 7e-4)."""
     value_cost: float = 0.5
     """Weight of the value loss ½ (V − target)² (0.5 in IMPALA, Espeholt et al., 2018)."""
     entropy_cost: float = 0.0
@@ -72,6 +77,8 @@ class Config(RunConfig):
         """Refuses bad values."""
         super().__post_init__()
         one_of(self, "algorithm", ("a2c", "baseline", "reinforce"))
+        one_of(self, "optimizer", ("adam", "rmsprop"))
+        above(self, 0.0, "rmsprop_epsilon")
         at_least(self, 1, "unroll_length")
         within(self, 0.0, 1.0, "discount", "lambda_")
         at_least(self, 0.0, "learning_rate", "value_cost", "entropy_cost", "max_gradient_norm")
@@ -211,7 +218,12 @@ class Learner:
     def __init__(self, network: ActorCritic, config: Config) -> None:
         self.config, self.network = config, network
         self.flat = Flat(network)  # one vector: one step of the optimiser instead of eight
-        self.optimizer = torch.optim.Adam([self.flat.vector], lr=config.learning_rate)
+        self.optimizer: torch.optim.Optimizer
+        if config.optimizer == "adam":
+            self.optimizer = torch.optim.Adam([self.flat.vector], lr=config.learning_rate)
+        else:
+            eps = config.rmsprop_epsilon
+            self.optimizer = RMSProp([self.flat.vector], lr=config.learning_rate, eps=eps)
 
     def update(self, unroll: Unroll, valid: np.ndarray) -> dict[str, float]:
         """One step of gradient descent on the unroll's loss."""

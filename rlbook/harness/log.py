@@ -35,8 +35,7 @@ METRICS = {
     "staleness_mean": "mean number of versions of the server between pull and apply",
     "staleness_max": "largest number of the same versions",
     "gradients_rejected": "part of the gradients that the server refused, as stale or as outliers",
-    "updates_lost": "part of the updates in shared memory that other updates overwrote: mean over the"
-    " parameters",
+    "updates_lost": "part of the updates in shared memory that others overwrote, parameters' mean",
     "updates_lost_max": "largest such part over the parameters",
     "bytes_sent": "bytes of one gradient on the wire, as encoded",
     "bytes_per_env_step": "bytes on the wire, gradients and parameters, for each environment step",
