@@ -171,6 +171,8 @@ FAMILY = {
     "04_policy_gradient": Box(8.8, -1.6, "04 policy gradient\nA2C, PPO"),
     "05_parallelism": Box(4.4, -3.2, "05 parallelism\nRay, virtual cluster", width=3.6),
     "06_parameter_server": Box(13.2, -3.2, "06 parameter server\n2012–14", width=3.6),
+    "07_gorila": Box(17.6, 1.6, "07 Gorila\n2015"),
+    "08_a3c": Box(17.6, -1.0, "08 A3C\n2016"),
 }
 """The systems that the book has so far, by chapter."""
 
@@ -180,6 +182,10 @@ DESCENT = [
     Arrow("02_td", "04_policy_gradient"),
     Arrow("04_policy_gradient", "06_parameter_server"),
     Arrow("05_parallelism", "06_parameter_server"),
+    Arrow("03_dqn", "07_gorila"),
+    Arrow("06_parameter_server", "07_gorila"),
+    Arrow("04_policy_gradient", "08_a3c"),
+    Arrow("06_parameter_server", "08_a3c"),
 ]
 
 

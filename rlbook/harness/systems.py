@@ -7,5 +7,6 @@ SYSTEMS = {
     "policy_gradient": "REINFORCE, REINFORCE with a baseline, A2C (chapter 04)",
     "ppo": "proximal policy optimisation with GAE (chapter 04)",
     "parameter_server": "A2C through a sharded parameter server: sync, async, bounded (chapter 06)",
+    "gorila": "DQN with many actors, replay memories and learners (chapter 07)",
 }
 """Module stem → one line about it."""
