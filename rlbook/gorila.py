@@ -55,7 +55,7 @@ from rlbook.plumbing.codecs import Identity
 from rlbook.plumbing.param_server import Alive, Bundle, ParameterServer
 from rlbook.plumbing.replay_server import ReplayServer, ReplayShard
 from rlbook.plumbing.runtime import Runtime
-from rlbook.plumbing.shard import Gradient, Receipt, ServerSettings, Weights, put_weights
+from rlbook.plumbing.shard import Gradient, Receipt, ServerSettings, Weights, fates, put_weights
 from rlbook.plumbing.team import Answer, Team, place_seed, remote_team
 from rlbook.plumbing.virtual import StandIn
 
@@ -368,7 +368,7 @@ def book(run: Run, reports: list[Report], receipts: list[Receipt]) -> None:
         env_steps=env_steps,
         learner_steps=sum(not all(receipt.refused) for receipt in receipts),
         episodes=[episode for report in reports for episode in report.episodes],
-        metrics=metrics | param_server.fates(run.extra, receipts),
+        metrics=metrics | fates(run.extra, receipts),
     )
 
 

@@ -51,14 +51,13 @@ from rlbook.plumbing.param_server import (
     SERVER_COSTS,
     Alive,
     ParameterServer,
-    fates,
     priced_server,
     server_units,
     shard_bounds,
     stored_parameters,
 )
 from rlbook.plumbing.runtime import Runtime
-from rlbook.plumbing.shard import Gradient, Receipt, ServerSettings, Weights
+from rlbook.plumbing.shard import Gradient, Receipt, ServerSettings, Weights, fates
 from rlbook.plumbing.team import Team, place_seed, remote_team
 from rlbook.plumbing.virtual import StandIn
 

@@ -15,7 +15,7 @@ dies, a new one starts from the snapshot and gets the same pushes again in the s
 that was pushed is lost, and the parameters are the same as if nothing had happened, bit for bit.
 """
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -209,24 +209,6 @@ def server_units(
     shard = Shard(parameters, settings)
     gradient = Gradient(Identity().encode(parameters), 0, 1, 1.0)
     return {"apply": lambda: shard.push(gradient), "copy": shard.pull}
-
-
-def fates(counts: dict[str, Any], receipts: Sequence[Receipt]) -> dict[str, float]:
-    """Adds up in `counts` how old gradients were and why some were refused; metrics of these ones.
-
-    Args:
-        counts: of a run; gets "staleness" (age → gradients) and "refused" (reason → gradients).
-        receipts: new ones.
-    """
-    ages = [age for receipt in receipts for age in receipt.staleness]
-    refused = [reason for receipt in receipts for reason in receipt.refused if reason]
-    for name, values in (("staleness", ages), ("refused", refused)):
-        counts[name] = dict(Counter(counts.get(name, {})) + Counter(values))
-    if not ages:
-        return {}
-    rejected = len(refused) / len(ages)
-    mean, largest = float(np.mean(ages)), float(max(ages))
-    return {"staleness_mean": mean, "staleness_max": largest, "gradients_rejected": rejected}
 
 
 def stored_parameters(state: Mapping[str, Any]) -> np.ndarray:

@@ -11,6 +11,7 @@ Both are plain classes; a driver makes them remote. All shards see the same push
 order, and each judges with statistics of its own: so they agree without a word between them.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -232,3 +233,21 @@ def weighted_mean(gradients: Sequence[Gradient]) -> np.ndarray:
 def put_weights(vector: np.ndarray, weights: Sequence[Weights]) -> None:
     """Fills `vector` `[P]` with the whole parameters of all shards, pulled without a name."""
     np.concatenate([decode(piece.blob) for piece in weights], out=vector)
+
+
+def fates(counts: dict[str, Any], receipts: Sequence[Receipt]) -> dict[str, float]:
+    """Adds up in `counts` how old gradients were and why some were refused; metrics of these ones.
+
+    Args:
+        counts: of a run; gets "staleness" (age → gradients) and "refused" (reason → gradients).
+        receipts: new ones.
+    """
+    ages = [age for receipt in receipts for age in receipt.staleness]
+    refused = [reason for receipt in receipts for reason in receipt.refused if reason]
+    for name, values in (("staleness", ages), ("refused", refused)):
+        counts[name] = dict(Counter(counts.get(name, {})) + Counter(values))
+    if not ages:
+        return {}
+    rejected = len(refused) / len(ages)
+    mean, largest = float(np.mean(ages)), float(max(ages))
+    return {"staleness_mean": mean, "staleness_max": largest, "gradients_rejected": rejected}
