@@ -296,9 +296,9 @@ class Worker:
         ]
         return self.report(self.samples, 0), *pieces
 
-    def report(self, env_steps: int, updates: int) -> Report:
-        """What the driver learns."""
-        return Report(env_steps, updates, self.envs.episodes(), self.metrics | self.meter.fractions())
+    def report(self, env_steps: int, made: int) -> Report:
+        """What the driver learns: steps taken, updates made, and how it went."""
+        return Report(env_steps, made, self.envs.episodes(), self.metrics | self.meter.fractions())
 
     def unroll(self) -> Unroll:
         """T steps of B copies, with the recurrent state before them."""

@@ -19,9 +19,9 @@ advantage A_t:
 - `a2c`:       n steps of reward, then the value: r_t + … + γ^n V(x_{t+n}) − V(x_t), on unrolls of T
                steps by B copies: the synchronous form of A3C (Mnih et al., 2016, algorithm S3).
 
-Differs from the papers: Adam by default in place of plain gradient ascent or RMSProp; losses are means over
-valid rows. REINFORCE needs whole episodes: every copy plays one, and what a copy plays while it
-waits for the longest is thrown away.
+Differs from the papers: Adam by default in place of plain gradient ascent or RMSProp; losses are
+means over valid rows. REINFORCE needs whole episodes: every copy plays one, and what a copy plays
+while it waits for the longest is thrown away.
 
 Book: chapter 04
 """
