@@ -117,8 +117,10 @@ class Crew:
         return len(self._asked[index]) + sum(who == index for who, _ in self._kept)
 
     def first(self) -> tuple[int, Any] | None:
-        """Waits for the first answer: (who, answer); None if a process died: a new one is then in
-        its place, and what the dead one was asked is lost.
+        """Waits for the first answer: (who, answer).
+
+        None if a process died: a new one is begun in its place, and what the dead one was asked is
+        lost. None once more when the new one is ready.
 
         Raises:
             CrewError: a process raised an exception, or processes die faster than they answer.
@@ -126,12 +128,8 @@ class Crew:
         """
         if self._kept:
             return self._kept.popleft()
-        while True:
-            who, method, answer = self._next()
-            if method is None:
-                return None
-            if method != "__init__":
-                return who, answer
+        who, method, answer = self._next()
+        return None if method is None or method == "__init__" else (who, answer)
 
     def rest(self) -> list[tuple[int, Any]]:
         """Waits for all that is in flight: (who, answer) as they come."""
