@@ -8,5 +8,6 @@ SYSTEMS = {
     "ppo": "proximal policy optimisation with GAE (chapter 04)",
     "parameter_server": "A2C through a sharded parameter server: sync, async, bounded (chapter 06)",
     "gorila": "DQN with many actors, replay memories and learners (chapter 07)",
+    "a3c": "asynchronous actor-learners in shared memory or with a server (chapter 08)",
 }
 """Module stem → one line about it."""

@@ -67,7 +67,10 @@ class SharedArrays:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Only one *process* at a time is within. The system frees the lock of one that dies."""
+        """Only one process at a time is within; threads of one process are not kept apart.
+
+        The system frees the lock of a process that dies.
+        """
         fcntl.lockf(self.descriptor, fcntl.LOCK_EX)
         try:
             yield
