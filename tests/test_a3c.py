@@ -461,12 +461,12 @@ def test_a_hollow_run_predicts_the_same_clock_and_plays_thousands():
             rates.append(a3c.train(config, runtime).metrics["env_steps_per_s"])
     assert 0.9 < rates[1] / rates[0] < 1.1
     scaling = []
-    for workers in (10, 100, 2_000):
-        many = replace(config, num_workers=workers, total_env_steps=workers * 200)
+    for workers in (4, 20, 1_000):
+        many = replace(config, num_workers=workers, total_env_steps=2_000 + workers * 80)
         with virtual(cores=workers + 1, hollow=True) as runtime:
             scaling.append(a3c.train(many, runtime).metrics["env_steps_per_s"])
     assert all(more > less for less, more in pairwise(scaling[:2]))
-    assert scaling[2] < 50 * scaling[0], "one shard cannot feed two thousand"
+    assert scaling[2] < 50 * scaling[0], "one shard cannot feed a thousand"
 
 
 def test_units_of_work_have_the_names_that_costs_have():

@@ -32,6 +32,8 @@ class Served:
 
     def __init__(self, runtime: Runtime, server: ParameterServer, team: Team) -> None:
         self.runtime, self.server, self.team = runtime, server, team
+        self._idle = set(range(len(team.workers)))
+        """Who may have nothing to do; of thousands of workers not all are looked at each time."""
         team.settle()
 
     @property
@@ -51,11 +53,14 @@ class Served:
     def turn(self) -> tuple[list[Any], list[Receipt]]:
         """Waits for the first gradient and hands it on; its worker goes on from what that gave."""
         team, server = self.team, self.server
-        for index in range(len(team.workers)):
+        for index in sorted(self._idle):
             while team.may_start(index):
                 team.start(index, server.pull(team.client(index)))
+        self._idle.clear()
         if (answer := team.first()) is None:
+            self._idle.update(range(len(team.workers)))
             return [], []
+        self._idle.add(answer.worker)
         server.push(answer.pieces)
         # The newest receipts may still be on their way: nobody waits for them.
         return [answer.report], server.receipts(newest=4 * (1 + len(team.in_flight)))
@@ -63,6 +68,7 @@ class Served:
     def drain(self) -> tuple[list[Any], list[Receipt]]:
         """Waits for all that is in flight and applies it."""
         answers = self.team.rest()
+        self._idle.update(range(len(self.team.workers)))
         for answer in answers:
             self.server.push(answer.pieces)
         self.server.settle()
