@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 
 from benchmarks import (
+    a3c,
     codecs,
     envs,
     imports,
@@ -17,7 +18,7 @@ from benchmarks import (
 from benchmarks.common import LOAD_BEFORE, parser
 from rlbook.harness.records import machine
 
-ALL = (imports, value_iteration, replay, codecs, virtual, envs, rate, parameter_server, solve)
+ALL = (imports, value_iteration, replay, codecs, virtual, envs, rate, parameter_server, a3c, solve)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

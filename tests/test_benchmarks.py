@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import (
+    a3c,
     codecs,
     common,
     envs,
@@ -44,6 +45,13 @@ def test_imports(tmp_path: Path) -> None:
     assert [row["what"] for row in rows][0] == "import rlbook"
     assert all(row["seconds"] > 0 for row in rows)
     assert imports.import_seconds()[1] == []  # neither torch nor ray
+
+
+def test_a3c(tmp_path: Path) -> None:
+    rows = written(a3c, tmp_path)["rows"]
+    assert [row["what"] for row in rows] == ["a3c", "a3c_locked", "a2c"]
+    assert rows[1]["updates lost"] == 0.0 and rows[2]["updates lost"] is None
+    assert all(row["steps/s"] > 0 and row["env steps"] >= 4_000 for row in rows)
 
 
 @pytest.mark.slow
