@@ -7,6 +7,7 @@ from benchmarks import (
     a3c,
     codecs,
     envs,
+    gorila,
     imports,
     parameter_server,
     rate,
@@ -18,7 +19,19 @@ from benchmarks import (
 from benchmarks.common import LOAD_BEFORE, parser
 from rlbook.harness.records import machine
 
-ALL = (imports, value_iteration, replay, codecs, virtual, envs, rate, parameter_server, a3c, solve)
+ALL = (
+    imports,
+    value_iteration,
+    replay,
+    codecs,
+    virtual,
+    envs,
+    rate,
+    parameter_server,
+    gorila,
+    a3c,
+    solve,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -19,6 +19,7 @@ MODULES = {
     "a2c": "policy_gradient",
     "dqn": "dqn",
     "parameter_server": "parameter_server",
+    "gorila": "gorila",
     "a3c": "a3c",
 }
 """Name in the tables → module whose default preset it is."""

@@ -13,6 +13,7 @@ from benchmarks import (
     codecs,
     common,
     envs,
+    gorila,
     imports,
     parameter_server,
     peer,
@@ -52,6 +53,13 @@ def test_a3c(tmp_path: Path) -> None:
     assert [row["what"] for row in rows] == ["a3c", "a3c_locked", "a2c"]
     assert rows[1]["updates lost"] == 0.0 and rows[2]["updates lost"] is None
     assert all(row["steps/s"] > 0 and row["env steps"] >= 4_000 for row in rows)
+
+
+@pytest.mark.slow
+def test_gorila(tmp_path: Path) -> None:
+    rows = written(gorila, tmp_path)["rows"]
+    assert [(row["system"], row["what"]) for row in rows] == [("gorila", "rate"), ("dqn", "rate")]
+    assert all(row["steps/s"] > 0 for row in rows)
 
 
 @pytest.mark.slow
