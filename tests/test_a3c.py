@@ -368,8 +368,8 @@ def test_a_killed_worker_is_replaced_and_what_is_shared_lives_on(update, monkeyp
         psutil.Process(crew.pids[0]).wait(10)
         seen.update(memory=memory, made=memory["updates"][0], before=values(memory))
 
-    config = replace(PAPERLIKE, num_envs=8, total_env_steps=40_000, update=update)
-    with at_env_steps(10_000, kill, monkeypatch):
+    config = replace(PAPERLIKE, num_envs=8, total_env_steps=20_000, update=update)
+    with at_env_steps(5_000, kill, monkeypatch):
         result = a3c.train(config)
     memory = seen["memory"]
     assert result.stopped_because == "total_env_steps"
@@ -478,12 +478,12 @@ def test_units_of_work_have_the_names_that_costs_have():
 
 def test_a_real_run_on_ray_learns(capfd):
     config = replace(
-        a3c.PRESETS["parameter_server"], progress=False, total_env_steps=150_000, num_shards=2
+        a3c.PRESETS["parameter_server"], progress=False, total_env_steps=100_000, num_shards=2
     )
     with RayRuntime(num_cpus=4) as runtime:
         result = a3c.train(config, runtime)
     assert capfd.readouterr() == ("", "")
-    assert result.metrics["episode_return_mean"] > 60
+    assert result.metrics["episode_return_mean"] > 45
     assert result.learner_steps == sum(result.extra["staleness"].values())
     assert {"Worker 0", "Worker 1", "Shard 0", "Shard 1"} <= {span.who for span in result.spans}
     assert result.metrics["gradient_time_fraction"] > 0.05
