@@ -117,6 +117,7 @@ def test_one_worker_and_a_server_are_a2c_bit_for_bit(shards):
     theirs = pg.train(a2c_of(QUICK, total_env_steps=mine.env_steps))
     assert same_parameters(mine, theirs)
     assert mine.learner_steps == theirs.learner_steps and mine.env_steps == theirs.env_steps
+    assert mine.extra["staleness"] == {0: mine.learner_steps}, "always from the newest"
 
 
 # -- interleavings ---------------------------------------------------------------------------------
