@@ -24,7 +24,9 @@ DQN through a parameter server.
 Differs from the paper: one driver makes all calls; every `update_period` vector steps of an actor
 owe one gradient, in both forms, so that acting never runs away from learning. Double Q-learning and
 n-step returns are there as in chapter 03. The server judges the loss, where the paper's learner
-does. Adam by default; AdaGrad (Dean et al., 2012) and DQN's RMSProp are options.
+does. By default two bundles wait for each other and Adam applies the mean of their gradients: with
+few workers and large steps one version of staleness costs more than the wait (preset `async`: as in
+the paper nobody waits). AdaGrad (Dean et al., 2012) and DQN's RMSProp are options.
 
 Book: chapter 07
 """
@@ -76,8 +78,8 @@ class Config(RunConfig):
     """R, replay memories that learners share, when apart."""
     num_shards: int = 1
     """k, servers that hold a slice of the parameters each (31 in the paper)."""
-    update_rule: Literal["async", "sync"] = "async"
-    """Apply each gradient as it comes, or wait for all and apply their mean."""
+    update_rule: Literal["async", "sync"] = "sync"
+    """Apply each gradient as it comes (the paper), or wait for all and apply their mean."""
     calls_in_flight: int = 1
     """Turns asked of a process at once; with 2 it never waits for the driver, but is staler."""
     max_staleness: int | None = None
@@ -86,7 +88,7 @@ class Config(RunConfig):
     """Refuse gradients whose loss is so many standard deviations above its mean; None takes all."""
     optimizer: str = "adam"
     """At the server: adam, adagrad (Dean et al., 2012), dqn_rmsprop (Mnih et al., 2015), …"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Of the server's optimiser."""
     num_envs: int = 16
     """Copies of the environment that an actor steps together (1 in the paper)."""
@@ -140,12 +142,13 @@ class Config(RunConfig):
 
 PRESETS = {
     "default": Config(),
-    "apart": Config(bundled=False),
-    "guarded": Config(max_staleness=10, max_sigmas=3.0),
+    "async": Config(update_rule="async", optimizer="adam_no_momentum"),
+    "apart": Config(bundled=False, update_rule="async", learning_rate=1e-3),
     # With as many processes as a computer has cores; the paper: 100 bundles on 31 shards.
     "paper": Config(
         env_id="ALE/Pong-v5",
         total_env_steps=50_000_000,
+        update_rule="async",
         optimizer="adagrad",
         num_envs=1,
         double=False,

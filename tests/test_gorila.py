@@ -37,7 +37,7 @@ SHARED = {
     "n_step": 3,
     "update_period": 1,
 }
-QUICK = gorila.Config(**SHARED)
+QUICK = gorila.Config(**SHARED, update_rule="async")
 APART = replace(QUICK, bundled=False, num_actors=3, num_learners=2, num_replays=2)
 ONE = {"num_workers": 1, "num_actors": 1, "num_learners": 1, "num_replays": 1}
 
@@ -357,9 +357,6 @@ def test_on_real_processes_it_learns_catch():
         hidden_sizes=(64,),
         epsilon_steps=4_000,
         total_env_steps=12_000,
-        target_period=50,
-        update_period=1,
-        learning_rate=1e-3,
     )
     with RayRuntime(num_cpus=4) as runtime:
         result = gorila.train(config, runtime)

@@ -30,9 +30,12 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "a3c_rmsprop": RMSProp,
     "dqn_rmsprop": partial(RMSProp, alpha=0.95, eps=0.01, centered=True),
     "adam": torch.optim.Adam,
+    "adam_no_momentum": partial(torch.optim.Adam, betas=(0.0, 0.999)),
 }
 """Name → optimiser. PyTorch's, and with ε inside the root RMSProp as in A3C (Mnih et al., 2016) and
-centred as in DQN (Mnih et al., 2015, Methods: 0.95 and 0.01)."""
+centred as in DQN (Mnih et al., 2015, Methods: 0.95 and 0.01). Adam without momentum is RMSProp with
+a mean corrected for its start at 0: stale gradients bring a momentum of their own (Mitliagkas et
+al., 2016)."""
 
 
 class Gradient(NamedTuple):
