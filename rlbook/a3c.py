@@ -50,15 +50,16 @@ from rlbook.parts.meter import Meter
 from rlbook.parts.networks import LivePolicy
 from rlbook.parts.recurrent import unrolled
 from rlbook.parts.unroll import collect_unroll
-from rlbook.plumbing.cluster import Cluster, Node
+from rlbook.plumbing.cluster import own_runtime
 from rlbook.plumbing.codecs import Identity
 from rlbook.plumbing.crew import Crew
 from rlbook.plumbing.hogwild import InSharedMemory, counted_parameters, updates_lost
 from rlbook.plumbing.param_server import SERVER_COSTS, priced_server, shard_bounds
-from rlbook.plumbing.runtime import RayRuntime, Runtime, make_runtime
+from rlbook.plumbing.runtime import RayRuntime, Runtime
 from rlbook.plumbing.served import Served, make_team, units_of_worker
 from rlbook.plumbing.shard import Gradient, Receipt, ServerSettings, Weights, fates, put_weights
 from rlbook.plumbing.shared import SharedArrays
+from rlbook.plumbing.team import place_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +222,7 @@ class Worker:
         self, config: Config, index: int, memory: Shared = None, born: int = 0, meter: bool = False
     ) -> None:
         torch.set_num_threads(1)
-        seed = config.seed + 1_000 * index + 1_000_000 * born
+        seed = place_seed(config.seed, index, born)
         self.config, self.index, self.memory = config, index, memory
         self.envs = make_envs(config.env_id, config.num_envs, seed)
         self.network = make_network(config, self.envs)
@@ -367,13 +368,6 @@ def with_server(config: Config, parameters: np.ndarray, runtime: Runtime) -> Ser
     return Served(runtime, server, team)
 
 
-def own_runtime(config: Config) -> Any:
-    """The runtime that the configuration asks for."""
-    cluster = Cluster(nodes=(Node(cores=config.num_workers + config.num_shards),), costs=COSTS)
-    address = config.ray_address
-    return make_runtime(config.runtime, seed=config.seed, cluster=cluster, address=address)
-
-
 def server_settings(config: Config) -> ServerSettings:
     """The optimiser and the gate of each shard."""
     rule = {"alpha": config.rmsprop_decay, "eps": config.rmsprop_epsilon}
@@ -435,8 +429,8 @@ def train(config: Config, runtime: Runtime | None = None) -> Result:
         if config.wiring == "shared_memory":
             wiring: Any = in_shared_memory(config, vector, stack)
         else:
-            runtime = runtime or stack.enter_context(own_runtime(config))
-            wiring = with_server(config, vector, runtime)
+            own: Any = own_runtime(config, config.num_workers + config.num_shards, COSTS)
+            wiring = with_server(config, vector, runtime or stack.enter_context(own))
         policy = LivePolicy(sampling_policy(network), lambda: wiring.pull(vector))
         run = Run("a3c", config, policy, wiring.parts, lambda: wiring.now, checkpoints="asked")
         with run:

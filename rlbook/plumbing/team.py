@@ -73,6 +73,8 @@ class Team:
         self.born = [0] * size
         self.rounds = [0] * size
         """Gradients that each worker has finished."""
+        self.asked = [0] * size
+        """Of each worker: what it was asked for and has not answered."""
         self.failures = self._in_a_row = 0
         self.in_flight: dict[Reference, tuple[int, list[Reference]]] = {}
         """Report → (who, pieces of the gradient)."""
@@ -88,14 +90,15 @@ class Team:
         ask = getattr(self.workers[index], self.method).options(num_returns=1 + self.pieces)
         report, *pieces = ask.remote(*arguments)
         self.in_flight[report] = (index, pieces)
+        self.asked[index] += 1
 
     def may_start(self, index: int) -> bool:
         """Whether the rule lets a worker begin another round."""
-        asked = sum(who == index for who, _ in self.in_flight.values())
-        if asked >= self.calls_in_flight:
+        if self.asked[index] >= self.calls_in_flight:
             return False
-        ahead = self.rounds[index] + asked - min(self.rounds)
-        return self.bound is None or ahead <= self.bound
+        if self.bound is None:
+            return True
+        return self.rounds[index] + self.asked[index] - min(self.rounds) <= self.bound
 
     def first(self) -> Answer | None:
         """Waits for the first report; None if a process died: a new one is then in its place.
@@ -105,6 +108,7 @@ class Team:
         """
         (reference,), _ = self.runtime.wait(self.in_flight)
         index, pieces = self.in_flight.pop(reference)
+        self.asked[index] -= 1
         try:
             report = self.runtime.get(reference)
         except ActorDiedError:
