@@ -9,6 +9,7 @@ from rlbook.data import Transition
 from rlbook.harness.log import METRICS
 from rlbook.parts.envs import make_envs
 from rlbook.parts.networks import QNetwork
+from rlbook.parts.q_learning import td_errors
 from rlbook.parts.replay import PrioritizedReplay, UniformReplay
 from tests.runs import assert_same_run, ctrl_c_at, same_parameters
 
@@ -51,8 +52,8 @@ def batch_of(r_t: float, discount_t: float) -> Transition:
 def test_double_lets_the_online_network_choose_and_the_target_network_judge():
     online = Table([[5.0, 7.0], [3.0, 2.0]])  # at x' it prefers action 0
     target = Table([[0.0, 0.0], [10.0, 20.0]])
-    single = dqn.td_errors(online, target, batch_of(1.0, 0.5), double=False)
-    double = dqn.td_errors(online, target, batch_of(1.0, 0.5), double=True)
+    single = td_errors(online, target, batch_of(1.0, 0.5), double=False)
+    double = td_errors(online, target, batch_of(1.0, 0.5), double=True)
     assert single.item() == 1.0 + 0.5 * max(10.0, 20.0) - 7.0
     assert double.item() == 1.0 + 0.5 * 10.0 - 7.0
     double.sum().backward()
@@ -61,7 +62,7 @@ def test_double_lets_the_online_network_choose_and_the_target_network_judge():
 
 def test_after_a_termination_nothing_is_bootstrapped():
     online = target = Table([[5.0, 7.0], [30.0, 20.0]])
-    assert dqn.td_errors(online, target, batch_of(1.0, 0.0), double=True).item() == 1.0 - 7.0
+    assert td_errors(online, target, batch_of(1.0, 0.0), double=True).item() == 1.0 - 7.0
 
 
 def learner_with(config: dqn.Config) -> tuple[dqn.Learner, UniformReplay | PrioritizedReplay]:
@@ -117,7 +118,7 @@ def test_importance_weights_scale_the_loss():
     sample = replay.sample(4)
     with torch.no_grad():
         items = Transition(*(torch.from_numpy(column) for column in sample.items))
-        errors = dqn.td_errors(learner.online, learner.target, items, double=False).tolist()
+        errors = td_errors(learner.online, learner.target, items, double=False).tolist()
     weights = [1.0, 0.5, 0.25, 0.0]
     huber = [0.5 * e * e if abs(e) <= 1 else abs(e) - 0.5 for e in errors]
     absolute, metrics = learner.update(sample._replace(weights=np.array(weights, np.float32)))

@@ -143,6 +143,22 @@ def test_with_many_workers_the_targets_follow_the_server_and_not_each_workers_up
     assert all(version % 40 < 16 for version, _ in synced), "soon after the server's multiple"
 
 
+def test_every_worker_and_every_one_that_replaces_it_draws_anew():
+    """Actions, environments and batches differ between places, and after a death."""
+    weights = weights_of(gorila.Learner(QUICK).online, 0)
+    seen = set()
+    for place in ((0, 0), (1, 0), (0, 1)):
+        worker = gorila.Worker(QUICK, *place)
+        played, transitions = worker.actor.play(0, weights)
+        while transitions is None:
+            played, transitions = worker.actor.play(0, weights)
+        worker.replay.keep(transitions)
+        batch = worker.replay.sample(16)
+        seen.add((transitions.obs_tm1.tobytes(), tuple(batch.keys % 4)))
+    assert len({observations for observations, _ in seen}) == 3
+    assert len({keys for _, keys in seen}) == 3
+
+
 def test_a_gradient_carries_its_loss_as_what_outliers_are_judged_by():
     worker = gorila.Worker(replace(QUICK, **ONE), 0)
     weights = weights_of(worker.learner.online, 0)
