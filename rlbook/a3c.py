@@ -228,6 +228,7 @@ class Worker:
         self.network = make_network(config, self.envs)
         self.flat = Flat(self.network)
         self.sampler = Sampler(self.network, config.num_envs, np.random.default_rng([seed, 1]))
+        self.samples, self.metrics = 0, dict[str, float]()
         self.meter = Meter(meter)
         self.meter.watch(self.envs, "step", "env")
         self.meter.watch(self.sampler, "act", "inference")
