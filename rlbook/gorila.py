@@ -31,7 +31,7 @@ the paper nobody waits). AdaGrad (Dean et al., 2012) and DQN's RMSProp are optio
 Book: chapter 07
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -56,7 +56,7 @@ from rlbook.plumbing.cluster import own_runtime
 from rlbook.plumbing.codecs import Identity
 from rlbook.plumbing.param_server import Alive, Bundle, ParameterServer
 from rlbook.plumbing.replay_server import ReplayServer, ReplayShard
-from rlbook.plumbing.runtime import Runtime
+from rlbook.plumbing.runtime import Reference, Runtime
 from rlbook.plumbing.shard import Gradient, Receipt, ServerSettings, Weights, fates, put_weights
 from rlbook.plumbing.team import Answer, Team, place_seed, remote_team
 from rlbook.plumbing.virtual import StandIn
@@ -313,36 +313,40 @@ class Driver:
     def turn(self, env_steps: int) -> Turn:
         """Asks whoever may be asked and waits for the first; with "sync" for all, actors first."""
         if self.config.update_rule == "sync":
-            self.ask_actors(env_steps)
-            played, early = self.drain()
+            weights = self.server.pull()
+            self.ask_actors(env_steps, weights)
+            reports = self.finish()
+            self.ask_learners(env_steps, weights)
+            reports += self.finish()
+        else:
             self.ask_learners(env_steps)
-            learnt, receipts = self.drain()
-            return played + learnt, early + receipts
-        self.ask_learners(env_steps)
-        self.ask_actors(env_steps)
-        (first,), _ = self.runtime.wait([*self.actors.in_flight, *self.learners.in_flight])
-        playing = first in self.actors.in_flight
-        reports = self.keep(self.actors.next()) if playing else self.push(self.learners.next())
+            self.ask_actors(env_steps)
+            flights = [*self.actors.in_flight, *self.learners.in_flight]
+            playing = self.runtime.wait(flights)[0][0] in self.actors.in_flight
+            reports = self.keep(self.actors.next()) if playing else self.push(self.learners.next())
         # The newest receipts may still be on their way: nobody waits for them.
         return reports, self.server.receipts(newest=4 * (1 + len(self.learners.in_flight)))
 
-    def ask_learners(self, env_steps: int) -> None:
+    def ask_learners(self, env_steps: int, weights: Sequence[Reference] = ()) -> None:
         """A bundle is asked as soon as it may be; a learner alone only for what is owed."""
         for index in range(len(self.learners.workers)):
             while self.learners.may_start(index) and (self.config.bundled or self.replay.owed > 0):
                 what = env_steps if self.config.bundled else self.replay.sample()
-                self.learners.start(index, [what, *self.server.pull()])
+                self.learners.start(index, [what, *(weights or self.server.pull())])
 
-    def ask_actors(self, env_steps: int) -> None:
+    def ask_actors(self, env_steps: int, weights: Sequence[Reference] = ()) -> None:
         """Actors play while less is owed than there are learners."""
         for index in range(len(self.actors.workers)):
             if self.replay.owed < self.config.num_learners and self.actors.may_start(index):
-                self.actors.start(index, [env_steps, *self.server.pull()])
+                self.actors.start(index, [env_steps, *(weights or self.server.pull())])
+
+    def finish(self) -> list[Report]:
+        """Waits for all that is in flight, keeps and applies it."""
+        return self.keep(self.actors.rest()) + self.push(self.learners.rest())
 
     def drain(self) -> Turn:
-        """Waits for all that is in flight, keeps and applies it."""
-        reports = self.keep(self.actors.rest()) + self.push(self.learners.rest())
-        return reports, self.server.receipts()
+        """Finishes, and waits for all receipts."""
+        return self.finish(), self.server.receipts()
 
     def keep(self, answers: list[Answer]) -> list[Report]:
         """Hands what actors made to the replay memories, unopened."""
