@@ -50,6 +50,9 @@ def test_one_of_its_class_dies_and_no_other(runtime: RayRuntime, busy: bool) -> 
     others, _ = made(runtime, "Work_er_too", 1)
     more, _ = made(runtime, "Work", 1)
     actors, pids = made(runtime, "Work_er", 3)
+    until = time.monotonic() + 30  # those of an earlier test may still be on their way out
+    while len(processes("Work_er")) > 3 and time.monotonic() < until:
+        time.sleep(0.05)
     assert [process.pid for process in processes("Work_er")] == pids
     calls = [actor.nap.remote(1.0 if busy else 0.0) for actor in actors]
     with sigkill("Work_er", 0.2, which=1) as fault:
