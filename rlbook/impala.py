@@ -47,7 +47,14 @@ from rlbook.parts.meter import Meter
 from rlbook.parts.networks import LivePolicy
 from rlbook.parts.optim import RMSProp
 from rlbook.parts.recurrent import unrolled
-from rlbook.parts.tasks import common_shape, make_task_envs, row_bytes, task_policy, task_scores
+from rlbook.parts.tasks import (
+    common_shape,
+    keep_returns,
+    make_task_envs,
+    row_bytes,
+    task_policy,
+    task_scores,
+)
 from rlbook.parts.unroll import collect_unroll
 from rlbook.parts.unroll_replay import UnrollReplay, side_by_side
 from rlbook.plumbing.cluster import own_runtime
@@ -198,10 +205,13 @@ PRESETS = {
         env_id="rlbook/Memory-v0", lstm_size=32, num_envs=16, unroll_length=20, learning_rate=1e-2
     ),
     "multitask": Config(
-        env_id="CartPole-v1",
-        env_ids=("CartPole-v1", "rlbook/Catch-v0"),
+        env_id="rlbook/Catch-v0",
+        env_ids=("rlbook/Catch-v0", "rlbook/Memory-v0"),
+        lstm_size=32,
+        num_envs=16,
+        unroll_length=20,
         unrolls_per_batch=2,
-        entropy_cost=0.01,
+        learning_rate=1e-2,
     ),
 }
 
@@ -350,12 +360,12 @@ def book(run: Run, turns: list[Turn], flow: Flow) -> None:
         if isinstance(asked, Update):
             run.extra["unrolls_dropped"] = flow.dropped
             acted = mean_metrics([unroll.report.metrics for unroll in asked.batch])
-            metrics = {**acted, **(metrics or {}), **lag_metrics(run.extra, asked)}
-            run.record(env_steps=0, learner_steps=1, metrics=metrics)
+            metrics = acted | (metrics or {}) | lag_metrics(run.extra, asked)
+            run.record(env_steps=0, learner_steps=1, metrics=metrics | task_scores(run.extra))
         elif asked.report is not None:
             env_steps, episodes, _ = asked.report
-            scores = task_scores(run.extra, run.config.tasks, asked.actor, episodes)
-            run.record(env_steps=env_steps, episodes=episodes, metrics=scores)
+            keep_returns(run.extra, run.config.tasks, asked.actor, episodes)
+            run.record(env_steps=env_steps, episodes=episodes)
 
 
 def units_of_work(config: Config) -> dict[str, Callable[[], object]]:

@@ -9,6 +9,7 @@ already are left as they are. Nothing says which task it is but what is seen of 
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -26,7 +27,8 @@ class Shape(NamedTuple):
     """The tasks differ."""
 
 
-def common_shape(tasks: Sequence[str], system: str = "this system") -> Shape:
+@cache
+def common_shape(tasks: tuple[str, ...], system: str = "this system") -> Shape:
     """The shape that fits all tasks; `system` is named in messages.
 
     Raises:
@@ -84,7 +86,7 @@ class TaskEnvs(Envs):
         return super().step(action % self._own_actions)
 
 
-def make_task_envs(tasks: Sequence[str], index: int, num_envs: int, seed: int) -> Envs:
+def make_task_envs(tasks: tuple[str, ...], index: int, num_envs: int, seed: int) -> Envs:
     """B copies of the task of actor `index` (tasks in turn), for a network for all of them."""
     envs = make_envs(tasks[index % len(tasks)], num_envs, seed)
     shape = common_shape(tasks)
@@ -118,31 +120,36 @@ class TaskPolicy:
         return action % self.num_actions, state
 
 
-def task_policy(policy: Any, task: str, tasks: Sequence[str]) -> Any:
+def task_policy(policy: Any, task: str, tasks: tuple[str, ...]) -> Any:
     """The policy that plays one of the tasks as it is."""
     shape = common_shape(tasks)
     return TaskPolicy(policy, task, shape) if shape.padded else policy
 
 
-def task_scores(
+def keep_returns(
     kept: dict[str, Any], tasks: Sequence[str], index: int, episodes: Sequence[Episode]
-) -> dict[str, float]:
-    """Metric `episode_return_mean/TASK` of the task of actor `index`; nothing where there is one.
+) -> None:
+    """Notes the episodes that actor `index` has finished; nothing where there is but one task.
 
     Args:
         kept: of a run; its entry "task_returns" (task → returns of the last 100 episodes) grows.
         tasks: all.
         index: of the actor.
-        episodes: that it has finished.
+        episodes: finished ones.
     """
-    if len(tasks) == 1 or not episodes:
-        return {}
-    task, returns = tasks[index % len(tasks)], kept.setdefault("task_returns", {})
-    returns[task] = [*returns.get(task, []), *(e.episode_return for e in episodes)][-100:]
-    return {f"episode_return_mean/{task}": float(np.mean(returns[task]))}
+    if len(tasks) > 1:
+        task, returns = tasks[index % len(tasks)], kept.setdefault("task_returns", {})
+        mine = [episode.episode_return for episode in episodes]
+        returns[task] = [*returns.get(task, []), *mine][-100:]
 
 
-def row_bytes(tasks: Sequence[str]) -> int:
+def task_scores(kept: dict[str, Any]) -> dict[str, float]:
+    """Metric `episode_return_mean/TASK` of each task of which something is known."""
+    known = {task: found for task, found in kept.get("task_returns", {}).items() if found}
+    return {f"episode_return_mean/{task}": float(np.mean(known[task])) for task in sorted(known)}
+
+
+def row_bytes(tasks: tuple[str, ...]) -> int:
     """Bytes of one row of an unroll: what was seen, what was said, and the rest."""
     shape = common_shape(tasks)
     frames = make_envs(tasks[0], 1, 0).observation_space.dtype == np.uint8

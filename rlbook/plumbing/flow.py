@@ -142,10 +142,10 @@ class Flow:
         Then every actor is free, and begins with the weights of that moment.
         """
         turns = []
-        while self.in_flight:
-            turns.append(self.first())
+        while self.in_flight or self.has_batch():
             while self.has_batch():
                 self.learn(*arguments)
+            turns.append(self.first())
         self.learners.settle()
         self._drop(list(self.queue))
         self._begin()

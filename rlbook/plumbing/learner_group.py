@@ -42,7 +42,7 @@ class Share(NamedTuple):
     """The gradient of one learner's share of a batch."""
 
     gradient: np.ndarray
-    """`[P]`."""
+    """`[P]`; a view of the learner's own until it travels."""
     weight: float
     """In the mean: rows, where the loss is a mean over rows; 1 where it is a sum."""
     metrics: dict[str, float]
