@@ -60,15 +60,14 @@ class Normalizer(nn.Module):
                 getattr(self, name).copy_(value)
         self._noted = []
 
-    def get_extra_state(self) -> list[np.ndarray]:
-        """What has been noted, for `state_dict`."""
-        return [np.stack([part.numpy() for part in seen]) for seen in self._noted]
+    def get_extra_state(self) -> Tensor:
+        """What has been noted, `[K, 3, ...]`, for `state_dict`."""
+        noted = [torch.stack(seen) for seen in self._noted]
+        return torch.stack(noted) if noted else torch.zeros(0, 3, *self.mean.shape)
 
-    def set_extra_state(self, state: list[np.ndarray]) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         """Continues from `get_extra_state`."""
-        self._noted = []
-        for seen in state:
-            self.note([seen])
+        self._noted = [Moments(*seen) for seen in state.clone()]
 
     def forward(self, observation: Tensor) -> Tensor:
         """`[N, ...]` → the same, normalised; as it came until something has been merged."""

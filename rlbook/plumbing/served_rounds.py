@@ -59,7 +59,6 @@ class ServedRounds:
         self.stage = [ROLLOUT] * self.pace.size
         """Asynchronous: what each is asked for next."""
         self.team = Team(runtime, self._make, server, size=self.pace.size)
-        self._born = list(self.team.born)
         self.team.settle()
 
     @property
@@ -98,7 +97,7 @@ class ServedRounds:
             who = [answer.worker for answer in learnt]
             if learnt:
                 server.push_together([answer.pieces for answer in learnt])
-        self.welcome()
+        self.welcome(set(range(self.pace.size)).difference(who))
         return [answer.report for answer in played + learnt], server.receipts()
 
     def rollouts(self) -> list[Answer]:
@@ -122,7 +121,8 @@ class ServedRounds:
             elif team.may_start(index) and rollouts:
                 team.start(index, [self.pace.length, *server.pull()], "rollout", 1)
         if (answer := team.first()) is None:
-            self.welcome()
+            busy = {index for index, _ in team.in_flight.values()}
+            self.welcome(set(range(self.pace.size)) - busy)
             return [], []
         k = self.stage[answer.worker]
         if k == ROLLOUT:
@@ -151,19 +151,17 @@ class ServedRounds:
         self.server.settle()
         return reports, receipts + self.server.receipts()
 
-    def welcome(self) -> None:
+    def welcome(self, new: set[int]) -> None:
         """Those who are new in a dead one's place begin with a rollout; an older one tells them
         what has been observed.
         """
-        new = [i for i, born in enumerate(self.team.born) if born != self._born[i]]
-        old = [i for i in range(self.pace.size) if i not in new]
+        old = [index for index in range(self.pace.size) if index not in new]
         for index in new:
             self.stage[index] = ROLLOUT
             self.pace.forget(index)
             if old and self.observing:
                 known = self.team.workers[old[0]].knowledge.remote()
                 self.team.workers[index].learn_from.remote(known)
-        self._born = list(self.team.born)
 
     def timeline(self) -> Timeline:
         """Who worked on what."""
