@@ -338,8 +338,9 @@ def lags_of_the_data(monkeypatch):
         (replace(SYNC, policy_delay=4), {0, 1, 2, 3, 4}),
         (replace(SYNC, broadcast_period=3), {0, 1, 2}),
         (replace(QUICK, num_actors=3, unrolls_in_flight=1), {0, 1, 2, 3}),
+        (replace(QUICK, updates_in_flight=3), {0, 1, 2, 3, 4, 5, 6}),
     ],
-    ids=["sync", "delay", "broadcast", "async"],
+    ids=["sync", "delay", "broadcast", "async", "queued"],
 )
 def test_the_lag_that_is_recorded_is_the_lag_of_the_data(config, lags, monkeypatch):
     with lags_of_the_data(monkeypatch) as seen:
@@ -374,8 +375,9 @@ def test_unrolls_are_learnt_from_first_in_first_out_and_never_more_than_allowed(
         return turn
 
     def learning(flow, *arguments):
-        learnt.extend(asked.unroll for asked in list(flow.queue)[: flow.config.fresh_unrolls])
         learn(flow, *arguments)
+        *_, update = flow.in_flight.values()
+        learnt.extend(asked.unroll for asked in update.batch)
 
     monkeypatch.setattr(Flow, "first", finishing)
     monkeypatch.setattr(Flow, "learn", learning)
