@@ -1,4 +1,4 @@
-"""dPPO: N workers are one, proved; unequal rollouts, stragglers, deaths; the same by real processes.
+"""dPPO: N workers are one, proved; unequal rollouts, stragglers, deaths; real processes too.
 
 The proof. Unrolls of B copies are recorded once. One `ppo.Learner` learns from them as they are; N
 workers get B/N copies each. Every worker shuffles its own rows and cuts them into as many parts as
