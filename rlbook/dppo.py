@@ -352,7 +352,7 @@ class Worker(Member):
     def report(self) -> Report:
         """How the rollout and the newest gradient were."""
         metrics = {name: value.item() for name, value in self.metrics.items()}
-        metrics |= self.meter.fractions()
+        metrics |= {"unroll_length_mean": float(self.steps), **self.meter.fractions()}
         return Report(self.samples, self.updates, self.envs.episodes(), metrics)
 
 
@@ -387,11 +387,12 @@ def book(run: Run, reports: list[Report], receipts: Any) -> None:
     """Enters a turn's reports, and what became of gradients at a server, into the run's books."""
     made = max((report.updates for report in reports), default=0)
     applied = sum(not all(receipt.refused) for receipt in receipts)
+    metrics = mean_metrics([report.metrics for report in reports])
     run.record(
         env_steps=sum(report.env_steps for report in reports),
         learner_steps=max(applied, made - run.learner_steps),
         episodes=[episode for report in reports for episode in report.episodes],
-        metrics=mean_metrics([report.metrics for report in reports]) | fates(run.extra, receipts),
+        metrics=metrics | (fates(run.extra, receipts) if receipts else {}),
     )
 
 

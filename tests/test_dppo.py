@@ -453,6 +453,7 @@ def test_a_straggler_is_cut_short_and_the_others_wait_less(watched, monkeypatch)
         one = replace(config, preempt=preempt)
         result = run_on(one, costs=SLOW_ENVS, stragglers={"Worker 2": 5.0}, jitter=0.0)
         rates[preempt] = result.metrics["env_steps_per_s"]
+        assert result.metrics["unroll_length_mean"] == (13.0 if preempt else 16.0)
         cut = {length for who, length in lengths if who == 2}
         whole = {length for who, length in lengths if who != 2}
         assert whole == {16} and (cut == {4} if preempt else cut == {16})
@@ -594,7 +595,7 @@ def test_processes_that_hurry_and_balance_still_agree(monkeypatch):
     known = []
 
     def look(run: Run) -> None:
-        known.extend(run.parts["workers"].each("knowledge"))
+        known.extend(run.parts["workers"].crew.each("knowledge"))
 
     config = replace(REAL, num_workers=3, preempt=True, balance=True, normalize_observations=True)
     with at_env_steps(2_500, look, monkeypatch):
@@ -611,7 +612,7 @@ def test_a_killed_process_is_replaced_by_one_that_learns_from_the_others(monkeyp
     seen = {}
 
     def kill(run: Run) -> None:
-        crew = run.parts["workers"]
+        crew = run.parts["workers"].crew
         os.kill(crew.pids[0], signal.SIGKILL)
         psutil.Process(crew.pids[0]).wait(10)
         seen.update(crew=crew, updates=run.learner_steps)
@@ -633,7 +634,7 @@ def test_if_the_only_process_dies_the_run_ends_with_a_clear_word(monkeypatch):
     before = children()
 
     def kill(run: Run) -> None:
-        os.kill(run.parts["workers"].pids[0], signal.SIGKILL)
+        os.kill(run.parts["workers"].crew.pids[0], signal.SIGKILL)
 
     with at_env_steps(2_000, kill, monkeypatch):
         with pytest.raises(CrewError, match="all workers died: resume from the last checkpoint"):
@@ -649,7 +650,7 @@ def test_ctrl_c_ends_a_run_in_good_order_and_errors_leave_nobody(tmp_path, monke
     assert same_parameters(result, Result.load(tmp_path / "run"))
 
     def fail(run: Run) -> None:
-        run.parts["workers"].ask(1, "share", "many")
+        run.parts["workers"].crew.ask(1, "share", "many")
 
     with at_env_steps(1_000, fail, monkeypatch):
         with pytest.raises(CrewError, match="Worker 1 failed in share(.|\n)*TypeError"):

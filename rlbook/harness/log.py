@@ -27,6 +27,7 @@ METRICS = {
     "gradient_norm": "Euclidean norm of the gradient before clipping",
     "clip_fraction": "part of the samples whose ratio PPO clipped",
     "approx_kl": "estimate of KL(old ‖ new), in nats",
+    "unroll_length_mean": "mean steps of a rollout, less than T where it was cut short",
     "epsilon": "probability of a random action",
     "td_error_mean": "mean |TD error|",
     "q_mean": "mean of max_a Q(x, a) over the observations x that the actor met",

@@ -50,13 +50,13 @@ class Group:
         meeting: path of a file that does not exist yet, the same for all; they meet there.
         rank: 0 … size − 1.
         size: N; with 1 every sum is what went in.
-        timeout_s: who waits longer for the others gives up.
+        timeout_s: who waits longer for the others gives up; of a death it learns at once.
 
     Raises:
         GroupBroken: the others did not come.
     """
 
-    def __init__(self, meeting: str, rank: int, size: int, timeout_s: float = 60.0) -> None:
+    def __init__(self, meeting: str, rank: int, size: int, timeout_s: float = 300.0) -> None:
         self.rank, self.size = rank, size
         if size == 1:
             return

@@ -75,7 +75,7 @@ class Lockstep:
     @property
     def parts(self) -> dict[str, Any]:
         """What a checkpoint holds."""
-        return {"workers": self.crew}
+        return {"workers": self}
 
     @property
     def now(self) -> float:
@@ -138,6 +138,15 @@ class Lockstep:
     def timeline(self) -> Timeline:
         """Who worked on what."""
         return self.crew.timeline()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of every worker."""
+        return {**self.crew.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state_dict`."""
+        self.crew.load_state_dict(state)
+        self.updates = state["updates"]
 
 
 class Conducted:
