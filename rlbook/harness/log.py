@@ -17,6 +17,7 @@ METRICS = {
     "env_steps_per_s": "env_steps / wall_time_s",
     "episodes": "finished training episodes",
     "episode_return_mean": "mean return of the last max(100, 2 × num_envs) training episodes",
+    "episode_return_mean/TASK": "mean return of the last 100 training episodes of one of the tasks",
     "episode_length_mean": "mean length of the same episodes, in steps",
     "evaluation_return_mean": "mean return of 100 fresh episodes",
     "evaluation_time_s": "seconds spent on evaluations",
