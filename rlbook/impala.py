@@ -1,14 +1,14 @@
 """IMPALA: actors that play with parameters a little old, learners that correct for it by V-trace.
 
-      ┌───────────────────────── driver ─────────────────────────┐
+      ┌────────────────────────── driver ─────────────────────────┐
       │ in_flight: reference ──► who      queue: finished unrolls │
-      └────▲───────────│──────────────────────│──────────▲───────┘
+      └────▲───────────│──────────────────────│──────────▲────────┘
     report │           │ weights              │ unrolls, │ metrics,
    (small) │           ▼ (a reference)        │ unopened ▼ weights
-        Actor 0 ── unroll [T+1, B], μ ──┐     │      Learner 0 ─┐
-        Actor 1 ── unroll [T+1, B], μ ──┼─────┴──►   Learner 1 ─┼─ gradients all-reduced
-        Actor … ── unroll [T+1, B], μ ──┘  (first    Learner … ─┘
-                                       in, first out)
+        Actor 0 ── unroll [T+1, B], μ ──┐     ▼      Learner 0 ─┐
+        Actor 1 ── unroll [T+1, B], μ ──┼────────►   Learner 1 ─┼─ gradients all-reduced
+        Actor … ── unroll [T+1, B], μ ──┘            Learner … ─┘
+                                     first in, first out
 
       who waits: an actor, when `unrolls_in_flight` of its unrolls are not yet learnt from;
                  the learners, when the queue holds less than a batch
@@ -21,6 +21,7 @@ scalable distributed deep-RL with importance weighted actor-learner architecture
 Differs from the paper: an actor steps B copies of its environment at once (B = 1 there); what
 bounds the lag is how much is in flight, where the paper has a queue; no reward or action is fed
 back to the network; RMSProp's mean square begins at 0. Where tasks differ in shape they are padded.
+An actor that dies is replaced; when a learner dies the run ends, and its checkpoint goes on.
 
 Book: chapter 11
 """

@@ -23,7 +23,7 @@ from rlbook.plumbing.cluster import Cluster, Crash, Node
 from rlbook.plumbing.faults import sigkill
 from rlbook.plumbing.flow import Flow
 from rlbook.plumbing.learner_group import LearnerGroup
-from rlbook.plumbing.runtime import RayRuntime
+from rlbook.plumbing.runtime import ActorDiedError, RayRuntime
 from rlbook.plumbing.virtual import VirtualRuntime
 from tests import oracles
 from tests.counters import register
@@ -493,6 +493,13 @@ def test_an_actor_that_cannot_live_ends_the_run():
     with pytest.raises(Exception, match="died"):
         with virtual(crashes=crashes) as runtime:
             ip.train(QUICK, runtime)
+
+
+@pytest.mark.parametrize("learner", [0, 1])
+def test_the_death_of_a_learner_ends_the_run_and_says_who(learner):
+    config = replace(QUICK, num_learners=2, unrolls_per_batch=2)
+    with pytest.raises(ActorDiedError, match=f"Learner {learner} died"):
+        train(config, crashes=(Crash(f"Learner {learner}", at_s=0.1),))
 
 
 def test_real_actors_killed_by_sigkill_are_replaced(capfd):
