@@ -70,10 +70,9 @@ class Config(RunConfig):
     wiring: Literal["all_reduce", "parameter_server"] = "all_reduce"
     """Who adds up the gradients: the workers among themselves, or a server."""
     num_workers: int = 2
-    """N, processes that act and learn, each with `num_envs` copies (64 in DPPO, 64 GPUs in
-    DD-PPO)."""
-    num_envs: int = 64
-    """B, copies of each worker."""
+    """N, processes that act and learn (64 GPUs in DD-PPO's longest run)."""
+    num_envs: int = 32
+    """B, copies of each worker (4 in DD-PPO)."""
     update_rule: Literal["sync", "async"] = "sync"
     """With a server: each gradient waits for all, or is applied as it comes."""
     num_shards: int = 1
@@ -90,7 +89,7 @@ class Config(RunConfig):
     """T, steps of each copy between updates (128 in DD-PPO); the mean of all with `balance`."""
     epochs: int = 2
     """Passes over each rollout (2 in DD-PPO)."""
-    minibatch_size: int = 1024
+    minibatch_size: int = 256
     """Samples of one gradient, of all workers together, in a rollout of full length."""
     discount: float = 0.98
     """γ (0.99 in both papers)."""
@@ -102,7 +101,7 @@ class Config(RunConfig):
     """Bring the advantages of each minibatch, of all workers, to mean 0 and deviation 1."""
     normalize_observations: bool = False
     """Bring observations to mean 0 and deviation 1, by statistics of all workers."""
-    learning_rate: float = 5e-3
+    learning_rate: float = 2.5e-3
     """Adam's step size (2.5e-4 in DD-PPO)."""
     value_cost: float = 0.25
     """Weight of the value loss ½ (V − target)²."""

@@ -46,6 +46,7 @@ METRICS = {
     "env_time_fraction": "part of the acting processes' working time spent in environment steps",
     "inference_time_fraction": "part of the same time spent in forward passes to act",
     "gradient_time_fraction": "part of the same time spent in gradients",
+    "waiting_time_fraction": "part of the same time spent in sums over a group: mostly waiting",
     "env_ceiling_fraction": "env_steps_per_s / what the same environments alone can step a second",
     "replay_size": "transitions in replay",
     "replay_ratio": "transitions sampled for learning / environment steps",

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from torch import Tensor, distributed, from_numpy, nn, optim
 
+from rlbook.parts.meter import Meter
 from rlbook.plumbing.param_server import Alive
 from rlbook.plumbing.runtime import ActorDiedError
 from rlbook.plumbing.shared import SharedArrays
@@ -193,7 +194,7 @@ def held(what: Held | None) -> Held:
 
 
 class Member(Alive):
-    """A worker of a group, whose system gives it `network`, `optimizer`, `envs`, `sampler`, `rng`.
+    """A worker of a group, whose system gives it its parts: `network`, `optimizer`, `rng`, ….
 
     Args:
         config: of the system.
@@ -204,6 +205,7 @@ class Member(Alive):
     network: nn.Module
     optimizer: optim.Optimizer
     rng: np.random.Generator
+    meter: Meter
     group: Group
 
     def __init__(self, config: Any, index: int, memory: SharedArrays | None) -> None:
@@ -219,6 +221,8 @@ class Member(Alive):
         if hasattr(self, "group"):
             self.group.close()
         self.group = Group(meeting, rank, size)
+        self.meter.watch(self.group, "add", "waiting")
+        self.meter.watch(self.group, "gather", "waiting")
 
     def is_ready(self) -> None:
         """Lets the others know that this round's rollout is finished."""
