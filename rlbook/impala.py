@@ -28,7 +28,7 @@ Book: chapter 11
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -198,21 +198,22 @@ PAPER = Config(
     entropy_cost=0.01,
     max_gradient_norm=40.0,
 )
+MEMORY = Config(
+    env_id="rlbook/Memory-v0",
+    lstm_size=32,
+    num_envs=16,
+    unroll_length=20,
+    unrolls_per_batch=2,
+    optimizer="adam",
+    learning_rate=5e-3,
+)
 PRESETS = {
     "default": Config(),
     "throughput": Config(num_envs=128, unroll_length=20, updates_in_flight=2, learning_rate=5e-3),
     "paper": PAPER,
-    "memory": Config(
-        env_id="rlbook/Memory-v0", lstm_size=32, num_envs=16, unroll_length=20, learning_rate=1e-2
-    ),
-    "multitask": Config(
-        env_id="rlbook/Catch-v0",
-        env_ids=("rlbook/Catch-v0", "rlbook/Memory-v0"),
-        lstm_size=32,
-        num_envs=16,
-        unroll_length=20,
-        unrolls_per_batch=2,
-        learning_rate=1e-2,
+    "memory": MEMORY,
+    "multitask": replace(
+        MEMORY, env_id="rlbook/Catch-v0", env_ids=("rlbook/Catch-v0", "rlbook/Memory-v0")
     ),
 }
 

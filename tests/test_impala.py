@@ -560,7 +560,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch, config):
 # -- memory and replay -----------------------------------------------------------------------------
 
 
-MEMORY = replace(ip.PRESETS["memory"], progress=False, num_envs=5, unroll_length=13)
+MEMORY = replace(ip.MEMORY, progress=False, num_envs=5, unroll_length=13)
 
 
 def test_the_learner_recomputes_what_the_actors_said():
@@ -585,8 +585,8 @@ def test_the_learner_recomputes_what_the_actors_said():
 
 
 def test_memory_is_learnt_with_an_lstm_and_not_without():
-    config = replace(ip.PRESETS["memory"], progress=False, stop_at_return=0.9, seed=2)
-    config = replace(config, unrolls_in_flight=1, total_env_steps=150_000)
+    config = replace(ip.PRESETS["memory"], progress=False, stop_at_return=0.9)
+    config = replace(config, total_env_steps=150_000)
     assert train(config).stopped_because == "solved"
     without = train(replace(config, lstm_size=0, total_env_steps=30_000))
     assert abs(without.evaluate(400).mean) < 0.2
