@@ -87,9 +87,9 @@ class Config(RunConfig):
     """Lengths of rollouts in proportion to the workers' measured speeds."""
     unroll_length: int = 32
     """T, steps of each copy between updates (128 in DD-PPO); the mean of all with `balance`."""
-    epochs: int = 2
+    epochs: int = 3
     """Passes over each rollout (2 in DD-PPO)."""
-    minibatch_size: int = 256
+    minibatch_size: int = 512
     """Samples of one gradient, of all workers together, in a rollout of full length."""
     discount: float = 0.98
     """γ (0.99 in both papers)."""
@@ -155,6 +155,7 @@ PRESETS = {
         preempt=True,
         unroll_length=128,
         num_envs=4,
+        epochs=2,
         minibatch_size=512,
         discount=0.99,
         gae_lambda=0.95,

@@ -38,6 +38,7 @@ QUICK = dppo.Config(
     progress=False,
     num_envs=8,
     unroll_length=16,
+    epochs=2,
     minibatch_size=128,
     total_env_steps=3_000,
     log_every_env_steps=500,
