@@ -16,16 +16,16 @@ unroll, and the clipped surrogate objective (Schulman et al., 2017, "Proximal po
 algorithms", equation 7) in place of TRPO's constraint.
 
 Differs from the paper: discrete actions; episodes that end at a time limit are bootstrapped from
-their final value; advantages are normalised in each minibatch; the value loss is not clipped unless
-`value_clip` is set; the step size is constant unless `anneal` is set, and the clip always is (for
-Atari the paper lowers both to 0).
+their final value; advantages are normalised in each minibatch unless `normalize_advantages` is
+False; the value loss is not clipped unless `value_clip` is set; the step size is constant unless
+`anneal` is set, and the clip always is (for Atari the paper lowers both to 0).
 
 Book: chapter 04
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,9 +42,9 @@ from rlbook.maths.losses import (
     normalize_advantages,
     value_loss,
 )
-from rlbook.maths.returns import gae
 from rlbook.parts.envs import Envs, make_envs, require_discrete
 from rlbook.parts.networks import ActorCritic, SamplingPolicy, sample_action
+from rlbook.parts.surrogate import Batch, make_batch
 from rlbook.parts.unroll import collect_unroll
 
 
@@ -64,6 +64,8 @@ class Config(RunConfig):
     """λ of GAE (0.95 in the paper)."""
     clip: float = 0.2
     """ε: the ratio counts only within [1 − ε, 1 + ε] (0.2 for MuJoCo; 0.1 for Atari)."""
+    normalize_advantages: bool = True
+    """Bring the advantages of each minibatch to mean 0 and deviation 1 (not in the paper)."""
     value_clip: float | None = None
     """Keeps new values within ± this of the old ones; None does not clip."""
     learning_rate: float = 2.5e-3
@@ -114,60 +116,18 @@ PRESETS = {
 }
 
 
-class Batch(NamedTuple):
-    """The valid rows of an unroll, flattened: N samples."""
-
-    observation: Tensor
-    """`[N, ...]`."""
-    action: Tensor
-    """`[N]` int64."""
-    behaviour_log_prob: Tensor
-    """`[N]`: log π_old(a | x)."""
-    behaviour_value: Tensor
-    """`[N]`: V_old(x)."""
-    advantage: Tensor
-    """`[N]`."""
-    target: Tensor
-    """`[N]`: A + V_old, what the value is fitted to."""
-
-
-@torch.no_grad()
-def make_batch(network: nn.Module, unroll: Unroll, config: Config) -> Batch:
-    """Advantages of an unroll under the policy that made it, then its valid rows side by side."""
-    last = torch.from_numpy(unroll.env_outputs.observation[-1])
-    logits = torch.from_numpy(unroll.agent_outputs.logits)
-    actions = torch.from_numpy(unroll.agent_outputs.action)
-    values = torch.from_numpy(unroll.agent_outputs.value)
-    valid = torch.from_numpy(unroll.valid)
-    # The shift: what was seen and done at t led to the reward and discount at t + 1.
-    advantages = gae(
-        rewards=torch.from_numpy(unroll.env_outputs.reward[1:]),
-        discounts=config.discount * torch.from_numpy(unroll.env_outputs.discount[1:]),
-        values=values,
-        bootstrap_value=network(last)[1],
-        lambda_=config.gae_lambda,
-        valid=valid,
-    )
-    rows = Batch(
-        torch.from_numpy(unroll.env_outputs.observation[:-1]),
-        actions,
-        log_prob(logits, actions),
-        values,
-        advantages,
-        advantages + values,
-    )
-    return Batch(*(row[valid] for row in rows))
-
-
 def loss_function(
     network: nn.Module, batch: Batch, config: Config
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate, value and entropy of a minibatch (equation 9 of the paper, as a loss)."""
     logits, values = network(batch.observation)
+    advantages = batch.advantage
+    if config.normalize_advantages:
+        advantages = normalize_advantages(advantages)
     policy, metrics = clipped_surrogate_loss(
         log_probs=log_prob(logits, batch.action),
         behaviour_log_probs=batch.behaviour_log_prob,
-        advantages=normalize_advantages(batch.advantage),
+        advantages=advantages,
         clip=config.clip,
     )
     if config.value_clip is None:

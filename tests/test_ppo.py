@@ -105,6 +105,17 @@ def test_the_loss_by_loops(value_clip):
     assert 0 < clipped < 1
 
 
+def test_advantages_stay_as_they_are_on_request():
+    torch.manual_seed(0)
+    network, batch = ActorCritic((4,), 3), ppo.Batch(*torch.randn(6, 11, 4).unbind())
+    rows = ppo.Batch(batch.observation, torch.randint(3, (11,)), *(c[:, 0] for c in batch[2:]))
+    plain = ppo.Config(normalize_advantages=False)
+    normal = rows._replace(advantage=normalize_advantages(rows.advantage))
+    default, _ = ppo.loss_function(network, rows, ppo.Config())
+    assert torch.equal(ppo.loss_function(network, normal, plain)[0], default)
+    assert not torch.equal(ppo.loss_function(network, rows, plain)[0], default)
+
+
 def test_minibatches_visit_every_sample_once_an_epoch():
     learner = ppo.Learner(ActorCritic((4,), 2), ppo.Config(epochs=3, minibatch_size=10))
     parts = [part.tolist() for part in learner.minibatches(34)]

@@ -9,5 +9,7 @@ SYSTEMS = {
     "parameter_server": "A2C through a sharded parameter server: sync, async, bounded (chapter 06)",
     "gorila": "DQN with many actors, replay memories and learners (chapter 07)",
     "a3c": "asynchronous actor-learners in shared memory or with a server (chapter 08)",
+    "dppo": "PPO on many workers: all-reduce with preemption, or a parameter server (chapter 09)",
+    "impala": "actors apart from learners, V-trace, one to k learners, several tasks (chapter 11)",
 }
 """Module stem → one line about it."""

@@ -80,6 +80,8 @@ class ServerSettings(NamedTuple):
     """Further arguments of the optimiser, as (name, value)."""
     max_staleness: int | None = None
     max_sigmas: float | None = None
+    max_mean_norm: float | None = None
+    """The mean gradient's slice is scaled down to this Euclidean norm; None leaves it alone."""
     weights_codec: str = "none"
     """How differences of the parameters are sent to clients that pull by name."""
 
@@ -151,6 +153,8 @@ class Shard:
         taken = [g for g, reason in zip(gradients, refused, strict=True) if not reason]
         if taken:
             np.copyto(self.parameters.grad.numpy(), weighted_mean(taken))  # type: ignore[union-attr]
+            if self.settings.max_mean_norm is not None:
+                torch.nn.utils.clip_grad_norm_([self.parameters], self.settings.max_mean_norm)
             self.optimizer.step()
             self.version += 1
         return Receipt(self.version, staleness, refused)
@@ -228,7 +232,7 @@ def weighted_mean(gradients: Sequence[Gradient]) -> np.ndarray:
     """Σ n_i g_i / Σ n_i, `[P_i]`: with n_i rows each, the gradient of the mean over all rows."""
     if len(gradients) == 1:  # x·n/n is not always x
         return decode(gradients[0].blob)
-    total = sum(gradient.samples for gradient in gradients)
+    total = sum(gradient.samples for gradient in gradients) or 1
     parts = [(g.samples / total) * decode(g.blob) for g in gradients]
     return np.sum(parts, axis=0)
 

@@ -85,11 +85,20 @@ class Team:
         """
         return f"{index}, {self.failures} failures" if self.clients else None
 
-    def start(self, index: int, arguments: Sequence[Any]) -> None:
-        """Hands a worker its arguments (references to weights, …) and asks it for its work."""
-        ask = getattr(self.workers[index], self.method).options(num_returns=1 + self.pieces)
-        report, *pieces = ask.remote(*arguments)
-        self.in_flight[report] = (index, pieces)
+    def start(
+        self,
+        index: int,
+        arguments: Sequence[Any],
+        method: str | None = None,
+        pieces: int | None = None,
+    ) -> None:
+        """Hands a worker its arguments (references to weights, …) and asks it for its work, or for
+        another `method`, whose answer has so many `pieces` (1 or more) besides the report.
+        """
+        count = self.pieces if pieces is None else pieces
+        ask = getattr(self.workers[index], method or self.method).options(num_returns=1 + count)
+        report, *parts = ask.remote(*arguments)
+        self.in_flight[report] = (index, parts)
         self.asked[index] += 1
 
     def may_start(self, index: int) -> bool:

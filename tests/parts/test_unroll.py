@@ -6,7 +6,7 @@ import torch
 
 from rlbook.data import AgentOutput
 from rlbook.parts.envs import make_envs
-from rlbook.parts.unroll import collect_unroll
+from rlbook.parts.unroll import collect_unroll, joined
 from rlbook.policy_gradient import collect_episodes
 from tests.counters import TERMINATES, TRUNCATES, CounterNetwork, register
 
@@ -84,3 +84,23 @@ def test_what_a_copy_plays_while_it_waits_is_not_valid(envs):
     # Copy 0 waits two rows: its reset, then one step of an episode that is thrown away.
     assert taken == 5 + 5 + 3 + 1
     assert np.array_equal(valid[:, 0], np.arange(5) < TRUNCATES)
+
+
+def test_two_unrolls_that_follow_each_other_join_to_the_one_that_they_are(envs):
+    whole = collect_unroll(envs, act, 7)
+    register()
+    again = make_envs("test/Counter-v0", COPIES, 0)
+    parts = [collect_unroll(again, act, steps) for steps in (3, 1, 3)]
+    one = joined(joined(parts[0], parts[1]), parts[2])
+    for mine, theirs in zip(
+        one.env_outputs + one.agent_outputs, whole.env_outputs + whole.agent_outputs, strict=True
+    ):
+        assert np.array_equal(mine, theirs) and mine.dtype == theirs.dtype
+
+
+def test_an_unroll_that_is_cut_is_shorter_and_the_next_goes_on(envs):
+    asked = []
+    unroll = collect_unroll(envs, act, 9, lambda step: asked.append(step) or step == 4)
+    assert asked == [1, 2, 3, 4] and unroll.valid.shape == (4, COPIES)
+    after = collect_unroll(envs, act, 2, lambda step: False)
+    assert np.array_equal(after.env_outputs.observation[0], unroll.env_outputs.observation[-1])

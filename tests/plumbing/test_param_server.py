@@ -89,6 +89,26 @@ def test_gradients_together_are_weighted_by_their_samples():
     assert shard.version == 1
 
 
+def test_the_mean_gradient_is_scaled_down_not_each_of_them():
+    """Two that point apart have a small mean, which passes; two that agree are scaled down."""
+    one = np.zeros(SIZE, np.float32)
+    one[:2] = 3.0, 4.0
+    for other, expected in ((-one, 0 * one), (one, one / 5 * 2), (0.2 * one - one, 0.1 * one)):
+        shard = Shard(0 * one, ServerSettings("sgd", 1.0, max_mean_norm=2.0))
+        shard.push_together(
+            Gradient(Identity().encode(one), 0, samples=1, magnitude=1.0),
+            Gradient(Identity().encode(other), 0, samples=1, magnitude=1.0),
+        )
+        assert np.allclose(-decode(shard.pull().blob), expected, atol=1e-5)
+
+
+def test_gradients_of_no_sample_at_all_move_nothing():
+    shard = Shard(START, ServerSettings("sgd", 1.0))
+    none = Gradient(Identity().encode(0 * START), 0, samples=0, magnitude=0.0)
+    shard.push_together(none, none)
+    assert np.array_equal(decode(shard.pull().blob), START)
+
+
 def test_what_is_refused_changes_neither_parameters_nor_version():
     shard = Shard(START, ServerSettings("adam", 0.1, max_staleness=0))
     blob = Identity().encode(np.ones(SIZE, np.float32))

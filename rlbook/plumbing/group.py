@@ -1,0 +1,266 @@
+"""What workers need that learn together without a server: sums over all, a pace, a rule for haste.
+
+    Group    all_reduce and all_gather of torch.distributed (gloo), between processes
+    Adder    the same sum by an object, for a cluster that a driver conducts
+    Pace     how fast each worker is, and how many steps it shall take next
+    Haste    when a rollout is cut short, because most others have finished theirs
+    Member   what a worker of a group knows of the others, and what all have in common
+
+A sum over a group blocks until all are there. If one dies, the others get `GroupBroken` and must
+meet anew.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from torch import Tensor, distributed, from_numpy, nn, optim
+
+from rlbook.parts.meter import Meter
+from rlbook.plumbing.param_server import Alive
+from rlbook.plumbing.runtime import ActorDiedError
+from rlbook.plumbing.shared import SharedArrays
+
+Held = TypeVar("Held")
+
+SMOOTHING = 0.5
+"""Weight of the newest measurement of a worker's speed."""
+
+
+class GroupBroken(RuntimeError):
+    """Somebody of the group died or did not come: its sums are worth nothing."""
+
+
+@contextmanager
+def _broken_if_it_fails() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise GroupBroken(str(error)) from error
+
+
+class Group:
+    """This process's place among `size` processes on this computer; made by all at once.
+
+    Args:
+        meeting: path of a file that does not exist yet, the same for all; they meet there.
+        rank: 0 … size − 1.
+        size: N; with 1 every sum is what went in.
+        timeout_s: who waits longer for the others gives up; of a death it learns at once.
+
+    Raises:
+        GroupBroken: the others did not come.
+    """
+
+    def __init__(self, meeting: str, rank: int, size: int, timeout_s: float = 300.0) -> None:
+        self.rank, self.size = rank, size
+        if size == 1:
+            return
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+        with _broken_if_it_fails():
+            distributed.init_process_group(
+                "gloo",
+                init_method=Path(meeting).as_uri(),
+                rank=rank,
+                world_size=size,
+                timeout=timedelta(seconds=timeout_s),
+            )
+
+    def add(self, vector: Tensor) -> None:
+        """Puts the sum of all workers' vectors in the place of each, the same bits everywhere."""
+        if self.size > 1:
+            with _broken_if_it_fails():
+                distributed.all_reduce(vector)
+
+    def gather(self, arrays: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+        """Everybody's arrays, by rank; all give the same shapes. Travels as float64."""
+        if self.size == 1:
+            return [list(arrays)]
+        mine = from_numpy(np.concatenate([np.ravel(array) for array in arrays]).astype(np.float64))
+        rows = [mine.new_empty(mine.shape) for _ in range(self.size)]
+        with _broken_if_it_fails():
+            distributed.all_gather(rows, mine)
+        edges = np.cumsum([array.size for array in arrays])[:-1]
+        return [
+            [
+                part.reshape(array.shape)
+                for part, array in zip(np.split(row.numpy(), edges), arrays, strict=True)
+            ]
+            for row in rows
+        ]
+
+    def close(self) -> None:
+        """Leaves the group: who still waits for this process learns that it is gone."""
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+class Adder(Alive):
+    """An `all_reduce` as an object: adds up in the order of workers, so always alike."""
+
+    def add(self, *vectors: np.ndarray) -> np.ndarray:
+        """Σ of vectors `[P]`; of one, its very bits."""
+        total = vectors[0].copy()
+        for vector in vectors[1:]:
+            total += vector
+        return total
+
+
+class Pace:
+    """Steps of each worker's next rollout: alike, or in proportion to measured speeds.
+
+    Args:
+        size: N.
+        length: T; the N rollouts together have N · T steps, but for rounding.
+        balanced: deal them out by speed, so that all finish at about the same time.
+    """
+
+    def __init__(self, size: int, length: int, balanced: bool) -> None:
+        self.size, self.length, self.balanced = size, length, balanced
+        self.lengths = [length] * size
+        self.speeds = [0.0] * size
+        """Steps a second; 0 where nothing is known."""
+
+    @classmethod
+    def of(cls, config: Any) -> "Pace":
+        """As a system's configuration says."""
+        return cls(config.num_workers, config.unroll_length, config.balance)
+
+    def hear(self, everybody: Sequence[np.ndarray]) -> None:
+        """(steps, seconds) of each worker: sets `lengths` for the next rollouts."""
+        for index, one in enumerate(everybody):
+            self.note(index, *one)
+        self.deal()
+
+    def note(self, index: int, steps: float, seconds: float) -> None:
+        """A worker took so many steps in so many seconds."""
+        new, old = steps / max(seconds, 1e-9), self.speeds[index]
+        self.speeds[index] = new if old == 0 else old + SMOOTHING * (new - old)
+
+    def forget(self, index: int) -> None:
+        """Somebody else is in this place now."""
+        self.speeds[index] = 0.0
+
+    def deal(self) -> None:
+        """Sets `lengths` for the next rollouts: at least 1 each."""
+        known = [speed for speed in self.speeds if speed > 0]
+        if not self.balanced or not known:
+            return
+        speeds = [speed or float(np.mean(known)) for speed in self.speeds]
+        share = self.size * self.length / sum(speeds)
+        self.lengths = [max(1, round(speed * share)) for speed in speeds]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Speeds and lengths."""
+        return {"lengths": list(self.lengths), "speeds": list(self.speeds)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state_dict`."""
+        self.lengths = [int(length) for length in state["lengths"]]
+        self.speeds = [float(speed) for speed in state["speeds"]]
+
+
+class Haste(NamedTuple):
+    """Straggler preemption (Wijmans et al., 2020, "DD-PPO", section 3.2)."""
+
+    on: bool = True
+    sync_fraction: float = 0.6
+    """Part of the others that must have finished their rollouts …"""
+    short_rollout: float = 0.25
+    """… and part of its own steps that a worker must have taken, for its rollout to be cut."""
+
+    @classmethod
+    def of(cls, config: Any) -> "Haste":
+        """As a system's configuration says."""
+        on = config.preempt and config.num_workers > 1
+        return cls(on, config.sync_fraction, config.short_rollout)
+
+    def cuts(self, steps: int, length: int, finished: int, others: int) -> bool:
+        """Whether a rollout of `length` ends after `steps`, with so many of the `others` ready."""
+        enough = steps >= self.short_rollout * length
+        return self.on and enough and 0 < finished >= self.sync_fraction * others
+
+
+def held(what: Held | None) -> Held:
+    """What a worker has in hand; ActorDiedError if it lost it, because it was born anew."""
+    if what is None:
+        raise ActorDiedError("it was born anew, and knows of no rollout")
+    return what
+
+
+class Member(Alive):
+    """A worker of a group, whose system gives it its parts: `network`, `optimizer`, `rng`, ….
+
+    Args:
+        config: of the system.
+        index: its rank.
+        memory: `finished` `[N]`, the last round of which each has finished the rollout; or None.
+    """
+
+    network: nn.Module
+    optimizer: optim.Optimizer
+    rng: np.random.Generator
+    meter: Meter
+    group: Group
+
+    def __init__(self, config: Any, index: int, memory: SharedArrays | None) -> None:
+        self.index, self.memory = index, memory
+        self.pace, self.haste = Pace.of(config), Haste.of(config)
+        self.rounds = self.updates = 0
+        self.collected: Any = None
+        """The rollout so far."""
+        self.minibatches: Any = None
+
+    def join(self, meeting: str, rank: int, size: int) -> None:
+        """Meets the others, in place of those it met before."""
+        if hasattr(self, "group"):
+            self.group.close()
+        self.group = Group(meeting, rank, size)
+        self.meter.watch(self.group, "add", "waiting")
+        self.meter.watch(self.group, "gather", "waiting")
+
+    def is_ready(self) -> None:
+        """Lets the others know that this round's rollout is finished."""
+        if self.memory is not None:
+            self.memory["finished"][self.index] = self.rounds
+
+    def is_late(self, steps: int) -> bool:
+        """Whether to leave a rollout at so many steps, because of those who have finished."""
+        if self.memory is None:
+            return False
+        finished = self.memory["finished"] >= self.rounds
+        length = self.pace.lengths[self.index]
+        return self.haste.cuts(steps, length, int(finished.sum()), len(finished) - 1)
+
+    def policy(self) -> dict[str, Any]:
+        """The network's state."""
+        return self.network.state_dict()
+
+    def knowledge(self) -> dict[str, Any]:
+        """What all have in common after a round."""
+        common = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {**common, "rounds": self.rounds, "updates": self.updates}
+
+    def learn_from(self, knowledge: dict[str, Any]) -> None:
+        """Becomes one of them; what this worker has collected is dropped."""
+        self.network.load_state_dict(knowledge["network"])
+        self.optimizer.load_state_dict(knowledge["optimizer"])
+        self.rounds, self.updates = knowledge["rounds"], knowledge["updates"]
+        self.collected = self.minibatches = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Between two rounds: what is common, environments, random generators, pace."""
+        own = {name: getattr(self, name).state_dict() for name in ("envs", "sampler", "pace")}
+        return {**self.knowledge(), **own, "rng": self.rng.bit_generator.state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state_dict`."""
+        self.learn_from(state)
+        for name in ("envs", "sampler", "pace"):
+            getattr(self, name).load_state_dict(state[name])
+        self.rng.bit_generator.state = state["rng"]

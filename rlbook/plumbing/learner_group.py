@@ -1,0 +1,252 @@
+"""k learners that make every update together: each has its share of a batch, all make one step.
+
+                 share 0 ──► learner 0: gradient ─┐                 ┌─► the same step
+    a batch ──┬─ share 1 ──► learner 1: gradient ─┼── all-reduce ───┼─► the same step
+              └─ …                                ┘   (a mean)      └─► …
+
+On real processes the learners meet in `torch.distributed` (gloo) and reduce among themselves; the
+driver calls each of them once for an update. On the virtual clock one thread plays all, and nobody
+can wait for another inside a call: there each learner's gradient is handed on to every learner,
+which takes the mean. All have the same parameters, always: whoever asks, asks learner 0.
+"""
+
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from rlbook.parts.flat import Flat
+from rlbook.plumbing.param_server import Alive
+from rlbook.plumbing.runtime import RayRuntime, Reference, Runtime
+
+TIMEOUT_S = 120.0
+"""A learner that waits longer for the others gives up."""
+
+
+class Vector(NamedTuple):
+    """All parameters on their way to the actors."""
+
+    version: int
+    """Updates that made them."""
+    values: np.ndarray
+    """`[P]`."""
+
+
+class Share(NamedTuple):
+    """The gradient of one learner's share of a batch."""
+
+    gradient: np.ndarray
+    """`[P]`; a view of the learner's own until it travels."""
+    weight: float
+    """In the mean: rows, where the loss is a mean over rows; 1 where it is a sum."""
+    metrics: dict[str, float]
+
+
+def combined(shares: Sequence[Share], average: bool) -> np.ndarray:
+    """The gradient `[P]` of the whole batch: Σ w g, divided by Σ w if it is an average."""
+    if average and len(shares) == 1:  # x·w/w is not always x
+        return shares[0].gradient
+    total = np.sum([share.weight * share.gradient for share in shares], axis=0)
+    return total / sum(share.weight for share in shares) if average else total
+
+
+class Peer(Alive):
+    """A learner, alone or one of several. A system says how it finds a gradient, and makes a step.
+
+    Args:
+        flat: the parameters and gradients.
+        config: of the system, with `loss_reduction` ("mean" over rows, or "sum"), `policy_delay`
+            (updates by which parameters for the actors are held back) and `broadcast_period`
+            (updates between two of them).
+        metered: report how long it had no work (of the wall, so never on a virtual clock).
+    """
+
+    _store: Any = None
+
+    def __init__(self, flat: Flat, config: Any, metered: bool = False) -> None:
+        self.flat, self.config, self.metered = flat, config, metered
+        self.version, self.size, self.average = 0, 1, config.loss_reduction == "mean"
+        self.history = deque([self.newest()], maxlen=config.policy_delay + 1)
+        self._ended_at = time.perf_counter()
+
+    def gradient(self, *unrolls: Any) -> Share:
+        """Of the loss on these unrolls."""
+        raise NotImplementedError
+
+    def step(self, *arguments: Any) -> dict[str, float]:
+        """Moves the parameters along `flat.gradients`; metrics."""
+        raise NotImplementedError
+
+    def update(
+        self, arguments: Sequence[Any], *unrolls: Any
+    ) -> tuple[dict[str, float], Vector | None]:
+        """One step on these unrolls, and on the others' if they have met: metrics, and parameters
+        for the actors if it is time.
+        """
+        began = time.perf_counter()
+        metrics, weights = self.apply(arguments, self._reduced(self.gradient(*unrolls)))
+        if self.metered:
+            ended = time.perf_counter()
+            metrics["learner_idle_fraction"] = (began - self._ended_at) / (ended - self._ended_at)
+            self._ended_at = ended
+        return metrics, weights
+
+    def apply(
+        self, arguments: Sequence[Any], *shares: Share
+    ) -> tuple[dict[str, float], Vector | None]:
+        """One step along the gradient of all shares; losses are of the first share."""
+        np.copyto(self.flat.gradients.numpy(), combined(shares, self.average))
+        metrics = {**shares[0].metrics, **self.step(*arguments)}
+        self.version += 1
+        self.history.append(self.newest())
+        return metrics, None if self.version % self.config.broadcast_period else self.weights()
+
+    def newest(self) -> Vector:
+        """The parameters after all updates so far."""
+        return Vector(self.version, self.flat.vector.numpy().copy())
+
+    def weights(self) -> Vector:
+        """The parameters that actors get now."""
+        return self.history[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Parameters with their history, and the version."""
+        history = [tuple(vector) for vector in self.history]
+        return {"parameters": self.newest().values, "version": self.version, "history": history}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state_dict`."""
+        np.copyto(self.flat.vector.numpy(), state["parameters"])
+        self.version = state["version"]
+        self.history.clear()
+        self.history.extend(Vector(*kept) for kept in state["history"])
+
+    def address(self) -> str:
+        """This computer's, where others reach it."""
+        import ray
+
+        return ray.util.get_node_ip_address()
+
+    def host(self, address: str) -> int:
+        """Opens a meeting place at `address` (this computer's); its port."""
+        from torch.distributed import TCPStore
+
+        self._store = TCPStore(address, 0, is_master=True, wait_for_workers=False)
+        return self._store.port
+
+    def meet(self, address: str, port: int, rank: int, size: int) -> None:
+        """Joins `size` learners as number `rank`; all must be called at once."""
+        from torch import distributed
+
+        if address == "127.0.0.1":  # gloo would look for the host's name otherwise
+            (loopback,) = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
+            os.environ["GLOO_SOCKET_IFNAME"] = loopback
+        store, limit = self._store or distributed.TCPStore(address, port), timedelta(0, TIMEOUT_S)
+        distributed.init_process_group(
+            "gloo", store=store, rank=rank, world_size=size, timeout=limit
+        )
+        self.size = size
+
+    def _reduced(self, share: Share) -> Share:
+        """What `combined` makes of the shares of all; alone, the share as it is."""
+        if self.size == 1:
+            return share
+        from torch import distributed
+
+        gradient = torch.from_numpy(share.gradient)
+        weight = gradient.new_tensor([share.weight])
+        whole = torch.cat([gradient * weight, weight])
+        distributed.all_reduce(whole)
+        mean = whole[:-1] / whole[-1] if self.average else whole[:-1]
+        return share._replace(gradient=mean.numpy(), weight=1.0)
+
+
+class LearnerGroup:
+    """k learners behind one name.
+
+    Args:
+        runtime: where they live.
+        make_learner: rank → a new learner's handle (a `Peer`).
+        size: k.
+    """
+
+    def __init__(self, runtime: Runtime, make_learner: Callable[[int], Any], size: int) -> None:
+        self.runtime = runtime
+        self.learners = [make_learner(rank) for rank in range(size)]
+        self._others: dict[Reference, list[Reference]] = {}
+        """What the others answer to an update of learner 0."""
+        self._meets = size > 1 and isinstance(runtime, RayRuntime)
+        if self._meets:
+            self._introduce()
+
+    def update(self, arguments: Sequence[Any], batch: Sequence[Reference]) -> list[Reference]:
+        """One update of all, with their shares of a batch: references to metrics and weights.
+
+        Args:
+            arguments: of every learner's step.
+            batch: references to unrolls, at least one for each learner.
+        """
+        size = len(self.learners)
+        shares = [batch[rank::size] for rank in range(size)]
+        pairs = list(zip(self.learners, shares, strict=True))
+        if size == 1 or self._meets:
+            calls = [
+                learner.update.options(num_returns=2).remote(arguments, *share)
+                for learner, share in pairs
+            ]
+        else:
+            gradients = [learner.gradient.remote(*share) for learner, share in pairs]
+            calls = [
+                learner.apply.options(num_returns=2).remote(arguments, *gradients)
+                for learner in self.learners
+            ]
+        (metrics, weights), *others = calls
+        self._others[metrics] = [one for one, _ in others]
+        return [metrics, weights]
+
+    def answer(self, metrics: Reference) -> dict[str, float]:
+        """The metrics of an update. An error of any learner is raised here."""
+        others = self._others.pop(metrics)
+        try:
+            return self.runtime.get(metrics)
+        except Exception:
+            self.runtime.get(others)  # who waited for the others in vain is not to blame
+            raise
+
+    def weights(self) -> Reference:
+        """The parameters that actors get now."""
+        return self.learners[0].weights.remote()
+
+    def parameters(self) -> np.ndarray:
+        """`[P]`, after all updates so far."""
+        return self.runtime.get(self.learners[0].newest.remote()).values
+
+    def settle(self) -> None:
+        """Waits until all are there and have done what they were told."""
+        self.runtime.get([learner.alive.remote() for learner in self.learners])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of every learner; nothing may be in flight."""
+        with self.runtime.off_the_clock():
+            calls = [learner.state_dict.remote() for learner in self.learners]
+            return {"learners": self.runtime.get(calls)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state_dict`."""
+        pairs = zip(self.learners, state["learners"], strict=True)
+        with self.runtime.off_the_clock():
+            self.runtime.get([learner.load_state_dict.remote(kept) for learner, kept in pairs])
+
+    def _introduce(self) -> None:
+        """The learners meet, at the first one's place."""
+        learners, get = self.learners, self.runtime.get
+        addresses = get([learner.address.remote() for learner in learners])
+        address = addresses[0] if len(set(addresses)) > 1 else "127.0.0.1"
+        port = get(learners[0].host.remote(address))
+        get([one.meet.remote(address, port, r, len(learners)) for r, one in enumerate(learners)])
