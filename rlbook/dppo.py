@@ -87,9 +87,9 @@ class Config(RunConfig):
     """Lengths of rollouts in proportion to the workers' measured speeds."""
     unroll_length: int = 32
     """T, steps of each copy between updates (128 in DD-PPO); the mean of all with `balance`."""
-    epochs: int = 3
+    epochs: int = 4
     """Passes over each rollout (2 in DD-PPO)."""
-    minibatch_size: int = 512
+    minibatch_size: int = 1024
     """Samples of one gradient, of all workers together, in a rollout of full length."""
     discount: float = 0.98
     """γ (0.99 in both papers)."""
@@ -101,7 +101,7 @@ class Config(RunConfig):
     """Bring the advantages of each minibatch, of all workers, to mean 0 and deviation 1."""
     normalize_observations: bool = False
     """Bring observations to mean 0 and deviation 1, by statistics of all workers."""
-    learning_rate: float = 2.5e-3
+    learning_rate: float = 4e-3
     """Adam's step size (2.5e-4 in DD-PPO)."""
     value_cost: float = 0.25
     """Weight of the value loss ½ (V − target)²."""
@@ -237,7 +237,7 @@ class Worker(Member):
         self.config, self.envs = config, make_envs(config.env_id, config.num_envs, seed)
         self.network: Any = make_network(config, self.envs)
         self.flat, rate = Flat(self.network), config.learning_rate
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=rate, fused=True)
+        self.optimizer = torch.optim.Adam([self.flat.vector], lr=rate, fused=True)
         self.sampler = Sampler(self.network, config.num_envs, np.random.default_rng([seed, 1]))
         self.rng = np.random.default_rng([seed, 2])
         self.minibatches: Minibatches | None = None
@@ -302,8 +302,8 @@ class Worker(Member):
         """One step with the sum of all parts: `total`, or what is in `flat.gradients`."""
         if total is not None:
             np.copyto(self.flat.gradients.numpy(), total)
-        parameters, limit = self.network.parameters(), self.config.max_gradient_norm
-        self.metrics["gradient_norm"] = nn.utils.clip_grad_norm_(parameters, limit)
+        norm = self.flat.clip(self.config.max_gradient_norm)
+        self.metrics["gradient_norm"] = torch.tensor(norm)
         self.optimizer.step()
         self.updates += 1
 

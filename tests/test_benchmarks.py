@@ -174,23 +174,22 @@ def test_figures_tell_a_missed_target() -> None:
     assert [row["reached"] for row in solve.figures(failed, ["ppo"])] == [False, False]
 
 
-class Model:
-    """What the peer's clock asks of a model: CartPole by a hand-written rule, or always left."""
-
-    seed = 1
+class Rule:
+    """A policy: CartPole by a hand-written rule, or always to the left."""
 
     def __init__(self, balances: bool) -> None:
         self.balances = balances
 
-    def predict(self, observation: np.ndarray, deterministic: bool) -> tuple[np.ndarray, None]:
-        assert deterministic
+    def initial_state(self, num_envs: int) -> None:
+        pass
+
+    def act(self, observation: np.ndarray, state: Any, first: np.ndarray, rng: Any) -> Any:
         push = observation[:, 2] + 0.5 * observation[:, 3] + 0.02 * observation[:, 1] > 0
-        return (push if self.balances else 0 * push).astype(np.int64), None
+        return (push if self.balances else 0 * push).astype(np.int64), state
 
 
 def clock(balances: bool) -> peer.Clock:
-    settings = peer.Settings(num_envs=2, total_steps=1, greedy=True, note="")
-    made = peer.Clock(Model(balances), settings, "CartPole-v1", 100.0, math.inf)
+    made = peer.Clock(Rule(balances), 2, 1, "CartPole-v1", 100.0, math.inf)
     made.start()
     return made
 
@@ -198,14 +197,13 @@ def clock(balances: bool) -> peer.Clock:
 def test_the_peers_clock_confirms_with_fresh_episodes() -> None:
     """99 good training episodes are too few; the 100th asks for a confirmation, which counts."""
     good, poor = clock(balances=True), clock(balances=False)
-    episode = [{"episode": {"r": 200.0}}]
     for made in (good, poor):
-        assert all(made.step(episode) for _ in range(99)) and made.evaluations == 0
-    assert not good.step(episode)
+        assert all(made.book(1, [200.0]) for _ in range(99)) and made.evaluations == 0
+    assert not good.book(1, [200.0])
     assert good.evaluation_return_mean is not None and good.evaluation_return_mean >= 100.0
-    assert poor.step(episode) and poor.evaluations == 1 and not poor.returns
-    assert poor.evaluation_return_mean is None
-    assert good.env_steps == poor.env_steps == 100
+    assert good.row()["solved"] and good.row()["env_steps"] == 100
+    assert poor.book(1, [200.0]) and poor.evaluations == 1 and not poor.returns
+    assert poor.evaluation_return_mean is None and not poor.row()["solved"]
     assert poor.paused_s > 0
 
 

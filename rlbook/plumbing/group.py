@@ -44,6 +44,15 @@ def _broken_if_it_fails() -> Iterator[None]:
         raise GroupBroken(str(error)) from error
 
 
+def _finish(work: Any) -> None:
+    """Waits awake. Sums of microseconds are too short to sleep: where all cores are busy, who
+    sleeps wakes up milliseconds late (here 1.7 ms on average, 0.5 awake).
+    """
+    while not work.is_completed():
+        os.sched_yield()
+    work.wait()
+
+
 class Group:
     """This process's place among `size` processes on this computer; made by all at once.
 
@@ -75,7 +84,7 @@ class Group:
         """Puts the sum of all workers' vectors in the place of each, the same bits everywhere."""
         if self.size > 1:
             with _broken_if_it_fails():
-                distributed.all_reduce(vector)
+                _finish(distributed.all_reduce(vector, async_op=True))
 
     def gather(self, arrays: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
         """Everybody's arrays, by rank; all give the same shapes. Travels as float64."""
@@ -84,7 +93,7 @@ class Group:
         mine = from_numpy(np.concatenate([np.ravel(array) for array in arrays]).astype(np.float64))
         rows = [mine.new_empty(mine.shape) for _ in range(self.size)]
         with _broken_if_it_fails():
-            distributed.all_gather(rows, mine)
+            _finish(distributed.all_gather(rows, mine, async_op=True))
         edges = np.cumsum([array.size for array in arrays])[:-1]
         return [
             [
