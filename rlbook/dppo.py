@@ -353,6 +353,7 @@ class Worker(Member):
         """How the rollout and the newest gradient were."""
         metrics = {name: value.item() for name, value in self.metrics.items()}
         metrics |= {"unroll_length_mean": float(self.steps), **self.meter.fractions()}
+        metrics |= self.traffic(self.samples)
         return Report(self.samples, self.updates, self.envs.episodes(), metrics)
 
 

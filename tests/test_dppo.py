@@ -586,6 +586,11 @@ def test_two_processes_are_two_virtual_ones_bit_for_bit(capfd, tmp_path):
     parts = ("env", "inference", "gradient", "waiting")
     fractions = [result.metrics[f"{part}_time_fraction"] for part in parts]
     assert min(fractions) > 0 and 0.5 < sum(fractions) < 1
+    rounds = result.learner_steps / config.minibatches
+    vector = sum(p.numel() for p in result.policy.network.parameters())
+    sums = config.minibatches * 4 * vector  # 2 (N − 1)/N of a vector each; and some statistics
+    steps = result.env_steps / 2 / rounds  # on average; the metric is of the last round
+    assert 0.9 * sums < result.metrics["bytes_per_env_step"] * steps < 1.2 * sums
     assert same_parameters(result, Result.load(tmp_path / "run"))
     more = {"total_env_steps": 4_000, "run_dir": None}
     resumed = dppo.train(replace(config, resume=str(tmp_path / "run"), **more))

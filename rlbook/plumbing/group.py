@@ -68,6 +68,8 @@ class Group:
 
     def __init__(self, meeting: str, rank: int, size: int, timeout_s: float = 300.0) -> None:
         self.rank, self.size = rank, size
+        self.sent = 0.0
+        """Bytes that left this process in sums (as in a ring, 2 (N − 1)/N of each) and gathers."""
         if size == 1:
             return
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
@@ -83,6 +85,7 @@ class Group:
     def add(self, vector: Tensor) -> None:
         """Puts the sum of all workers' vectors in the place of each, the same bits everywhere."""
         if self.size > 1:
+            self.sent += 2 * (self.size - 1) / self.size * vector.nbytes
             with _broken_if_it_fails():
                 _finish(distributed.all_reduce(vector, async_op=True))
 
@@ -92,6 +95,7 @@ class Group:
             return [list(arrays)]
         mine = from_numpy(np.concatenate([np.ravel(array) for array in arrays]).astype(np.float64))
         rows = [mine.new_empty(mine.shape) for _ in range(self.size)]
+        self.sent += (self.size - 1) * mine.nbytes
         with _broken_if_it_fails():
             _finish(distributed.all_gather(rows, mine, async_op=True))
         edges = np.cumsum([array.size for array in arrays])[:-1]
@@ -245,6 +249,14 @@ class Member(Alive):
         finished = self.memory["finished"] >= self.rounds
         length = self.pace.lengths[self.index]
         return self.haste.cuts(steps, length, int(finished.sum()), len(finished) - 1)
+
+    def traffic(self, env_steps: int) -> dict[str, float]:
+        """What was sent to the others since this was last asked, for so many steps of its own."""
+        group = getattr(self, "group", None)
+        if group is None or not env_steps:
+            return {}
+        sent, group.sent = group.sent, 0.0
+        return {"bytes_per_env_step": sent / env_steps}
 
     def policy(self) -> dict[str, Any]:
         """The network's state."""
