@@ -230,8 +230,7 @@ def test_dppo(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_impala(tmp_path: Path) -> None:
-    rate, bound = written(impala, tmp_path)["rows"]
-    assert (rate["system"], rate["what"]) == ("impala", "rate") and rate["steps/s"] > 0
+    (bound,) = written(impala, tmp_path)["rows"]
     ceiling = (bound["ceiling before"] + bound["ceiling after"]) / 2
     assert bound["fraction"] == pytest.approx(bound["training steps/s"] / ceiling)
     # No process steps more than 1,000 times a second if each step takes a millisecond of its core.
