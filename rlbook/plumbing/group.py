@@ -37,7 +37,8 @@ class GroupBroken(RuntimeError):
 
 
 @contextmanager
-def _broken_if_it_fails() -> Iterator[None]:
+def broken_if_it_fails() -> Iterator[None]:
+    """Within, an error of `torch.distributed` is a `GroupBroken`."""
     try:
         yield
     except RuntimeError as error:
@@ -73,7 +74,7 @@ class Group:
         if size == 1:
             return
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-        with _broken_if_it_fails():
+        with broken_if_it_fails():
             distributed.init_process_group(
                 "gloo",
                 init_method=Path(meeting).as_uri(),
@@ -86,7 +87,7 @@ class Group:
         """Puts the sum of all workers' vectors in the place of each, the same bits everywhere."""
         if self.size > 1:
             self.sent += 2 * (self.size - 1) / self.size * vector.nbytes
-            with _broken_if_it_fails():
+            with broken_if_it_fails():
                 _finish(distributed.all_reduce(vector, async_op=True))
 
     def gather(self, arrays: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
@@ -96,7 +97,7 @@ class Group:
         mine = from_numpy(np.concatenate([np.ravel(array) for array in arrays]).astype(np.float64))
         rows = [mine.new_empty(mine.shape) for _ in range(self.size)]
         self.sent += (self.size - 1) * mine.nbytes
-        with _broken_if_it_fails():
+        with broken_if_it_fails():
             _finish(distributed.all_gather(rows, mine, async_op=True))
         edges = np.cumsum([array.size for array in arrays])[:-1]
         return [
