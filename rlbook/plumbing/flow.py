@@ -147,6 +147,7 @@ class Flow:
                 self.learn(*arguments)
             turns.append(self.first())
         self.learners.settle()
+        self.actors.settle()  # one may have died since it gave its unroll
         self._drop(list(self.queue))
         self._begin()
         return turns

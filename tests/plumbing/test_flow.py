@@ -116,6 +116,17 @@ def test_a_dead_actor_is_replaced_and_gets_as_much_to_do():
     assert len(newborn) > 10
 
 
+def test_an_actor_that_dies_at_rest_is_replaced_before_it_is_asked_what_it_knows():
+    slow, crashes = {"Actor 0": 20.0}, (Crash("Actor 1", at_s=0.08),)
+    with runtime(stragglers=slow, crashes=crashes) as rt:
+        flow = flow_of(rt, num_actors=2, unrolls_in_flight=1)
+        turns(flow, 3)
+        assert rt.now < 0.08, "Actor 1 has nothing to do while Actor 0 finishes its unroll"
+        flow.drain(0)
+        assert rt.now > 0.1 and flow.actors.born == [0, 1]
+        rt.get([actor.alive.remote() for actor in flow.actors.actors])
+
+
 def test_a_fleet_gives_up_when_nobody_lives():
     crashes = tuple(Crash(f"Actor {i}", at_s=0.0) for i in range(40))
     with pytest.raises(ActorDiedError):
@@ -140,6 +151,8 @@ def test_shares_are_weighed_by_rows_where_the_loss_is_a_mean():
     assert combined(shares, average=True) == (1 * 3 + 2 * 6) / 3
     assert combined(shares, average=False) == 1 * 3 + 2 * 6
     assert combined(shares[:1], average=True) is shares[0].gradient
+    nothing = Share(np.array([0.0]), 0.0, {})
+    assert combined([nothing, nothing], average=True) == 0.0, "rows between episodes alone"
 
 
 def test_lags_are_counted():
