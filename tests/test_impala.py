@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import ray
 import torch
 
 from rlbook import impala as ip
@@ -302,12 +303,23 @@ def test_real_learners_reduce_among_themselves():
             assert group.answer(metrics)["gradient_norm"] > 0
         states = group.state_dict()["learners"]
         found = group.parameters()
-        broken, _ = group.update([0, "too much"], [runtime.put(unroll) for unroll in batch])
-        with pytest.raises(TypeError):
+        row = batch[0].env_outputs
+        nothing = batch[0]._replace(env_outputs=row._replace(first=np.ones_like(row.first)))
+        metrics, _ = group.update([0], [runtime.put(nothing)] * 2)
+        assert group.answer(metrics)["gradient_norm"] == 0, "no row counts"
+        bad = [runtime.put(unroll) for unroll in (batch[0], "no unroll")]
+        broken, _ = group.update([0], bad)
+        assert runtime.wait([broken], timeout=60.0)[0], "learner 0 does not wait in vain"
+        with pytest.raises(AttributeError, match="has no attribute 'env_outputs'"):
+            group.answer(broken)
+        group = LearnerGroup(runtime, lambda rank: remote.remote(config, rank), 2)
+        ray.kill(group.learners[0])
+        broken, _ = group.update([0], [runtime.put(unroll) for unroll in batch])
+        with pytest.raises(ActorDiedError):
             group.answer(broken)
         result = ip.train(replace(config, total_env_steps=20_000), runtime)
     assert result.stopped_because == "total_env_steps" and np.isfinite(result.metrics["loss"])
-    assert {"Learner 2", "Learner 3"} <= {span.who for span in result.spans}
+    assert {"Learner 4", "Learner 5"} <= {span.who for span in result.spans}
     assert np.array_equal(states[0]["parameters"], states[1]["parameters"])
     assert np.allclose(found, one.newest().values, atol=1e-5)
     assert states[0]["version"] == states[1]["version"] == 5
@@ -722,10 +734,14 @@ def test_a_policy_that_is_said_to_be_new_learns_from_old_data_as_if_it_were():
         ({"lambda_": 1.5}, "lambda_: must be between"),
         ({"replay_fraction": 2.0}, "replay_fraction: must be between"),
         ({"max_policy_lag": 1, "policy_delay": 2}, "max_policy_lag: must be at least 2"),
+        ({"max_policy_lag": 1, "broadcast_period": 3}, "max_policy_lag: must be at least 2"),
+        ({"replay_unrolls": 9}, "replay_unrolls: of 1 unrolls_per_batch none"),
         ({"unrolls_per_batch": 5}, "unrolls_per_batch: 5 new unrolls a batch"),
         ({"num_learners": 2}, "unrolls_per_batch: 1 new unrolls a batch"),
         ({"update_rule": "sync"}, 'update_rule: "sync" learns from one unroll of every actor'),
         ({"env_ids": ("rlbook/Catch-v0",)}, "env_ids: must hold env_id"),
+        ({"env_ids": "CartPole-v1"}, "env_ids: must be a tuple of words"),
+        ({"env_ids": ("CartPole-v1",) * 3}, "env_ids: .* an actor for each task"),
         ({"env_ids": ("CartPole-v1",), "stop_at_return": 1.0}, "stop_at_return"),
     ],
 )
