@@ -19,6 +19,7 @@ import torch
 
 from rlbook import dppo, ppo
 from rlbook.data import AgentOutput, Unroll, tree_map
+from rlbook.harness.checkpoint import load_checkpoint
 from rlbook.harness.result import Result
 from rlbook.harness.run import Run
 from rlbook.parts import acting
@@ -30,7 +31,9 @@ from rlbook.parts.unroll import collect_unroll
 from rlbook.plumbing import served_rounds
 from rlbook.plumbing.cluster import Cluster, Crash, Node
 from rlbook.plumbing.crew import CrewError
+from rlbook.plumbing.lockstep import Conducted
 from rlbook.plumbing.runtime import ActorDiedError, RayRuntime
+from rlbook.plumbing.served_rounds import ServedRounds
 from rlbook.plumbing.virtual import VirtualRuntime
 from tests.runs import assert_same_run, ctrl_c_at, same_parameters
 
@@ -498,7 +501,8 @@ def test_unequal_computers_are_balanced_too_with_a_server(monkeypatch):
 
 
 def test_a_hollow_run_predicts_the_same_clock_and_plays_hundreds():
-    for config in (replace(QUICK, num_workers=4), replace(SERVED, num_workers=4)):
+    observing = {"num_workers": 4, "normalize_observations": True}
+    for config in (replace(QUICK, num_workers=4), replace(SERVED, **observing)):
         rates = []
         for hollow in (False, True):
             with virtual(hollow=hollow) as runtime:
@@ -540,6 +544,56 @@ def test_the_adder_and_a_shard_may_die_too():
         half = 0.5 * run_on(RUNS[name]).wall_time_s
         result = run_on(RUNS[name], crashes=(Crash(who, at_s=half),))
         assert result.stopped_because == "total_env_steps"
+
+
+def observed(folder) -> list[float]:
+    """By each worker that a checkpoint holds: how many observations its normaliser knows of."""
+    parts = load_checkpoint(folder / "checkpoint.npz", "dppo")["parts"]
+    found = []
+    for member in parts["workers"]["members"] if "workers" in parts else parts["team"]["actors"]:
+        network = dppo.make_network(OBSERVING["server"], make_envs("CartPole-v1", 1, 0))
+        network.load_state_dict(member["network"])
+        network.normalizer.renew()
+        found.append(network.normalizer.rows.max().item())
+    return found
+
+
+OBSERVING = {name: replace(run, normalize_observations=True) for name, run in RUNS.items()}
+
+
+@pytest.mark.parametrize("name", OBSERVING)
+def test_who_dies_at_rest_is_replaced_before_anybody_is_asked_what_it_knows(
+    name, tmp_path, monkeypatch
+):
+    """Before, in and after the last drain: what all have observed is in the new one too."""
+    config, slow = OBSERVING[name], {"Worker 1": 3.0}
+    kind, times = Conducted if config.wiring == "all_reduce" else ServedRounds, []
+
+    def noting(self):
+        times.append(self.now)
+        brought = drain(self)
+        times.append(self.now)
+        return brought
+
+    drain = kind.drain
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "drain", noting)
+        run_on(config, stragglers=slow)
+    begin, end = times
+    for worker, at_s in ((0, begin + 1e-6), (1, end - 2e-3), (0, end + 1e-6)):
+        folder = tmp_path / str(at_s)
+        crashes = (Crash(f"Worker {worker}", at_s=at_s),)
+        result = run_on(replace(config, run_dir=str(folder)), stragglers=slow, crashes=crashes)
+        assert same_parameters(result, Result.load(folder))
+        assert min(observed(folder)) > 0.8 * result.env_steps
+
+
+def test_with_a_server_a_run_ends_when_nobody_is_left_who_knows_what_was_observed():
+    config = replace(SERVED, num_workers=1)
+    crashes = (Crash("Worker 0", at_s=0.5 * run_on(config).wall_time_s),)
+    assert run_on(config, crashes=crashes).stopped_because == "total_env_steps"
+    with pytest.raises(ActorDiedError, match="all workers died: resume from the last checkpoint"):
+        run_on(replace(config, normalize_observations=True), crashes=crashes)
 
 
 def test_if_nobody_is_left_who_knows_the_run_ends_with_a_clear_word():
@@ -635,6 +689,22 @@ def test_a_killed_process_is_replaced_by_one_that_learns_from_the_others(monkeyp
     assert {"Worker 0", "Worker 1", "Worker 2", "Worker 3"} <= {s.who for s in result.spans}
     assert all(torch.equal(seen["vectors"][0], vector) for vector in seen["vectors"])
     assert min(seen["made"]) > seen["updates"] and len(seen["made"]) == 1
+
+
+def test_a_process_killed_at_rest_is_replaced_before_a_checkpoint(monkeypatch, tmp_path):
+    def kill_and_keep(run: Run) -> None:
+        crew = run.parts["workers"].crew
+        os.kill(crew.pids[1], signal.SIGKILL)
+        run.checkpoint()
+        state = load_checkpoint(tmp_path / "run" / "checkpoint.npz", "dppo")
+        one, other = state["parts"]["workers"]["members"]
+        assert crew.born == [0, 1] and one["updates"] == other["updates"] == run.learner_steps > 0
+        for name, value in one["network"].items():
+            assert np.array_equal(value, other["network"][name]), name
+
+    with at_env_steps(1_500, kill_and_keep, monkeypatch):
+        result = dppo.train(replace(REAL, run_dir=str(tmp_path / "run")))
+    assert result.stopped_because == "total_env_steps" and result.env_steps >= 3_000
 
 
 def test_if_the_only_process_dies_the_run_ends_with_a_clear_word(monkeypatch):
