@@ -8,7 +8,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import ray
 import torch
 
 from rlbook import impala as ip
@@ -21,6 +20,7 @@ from rlbook.parts.flat import Flat
 from rlbook.parts.recurrent import unrolled
 from rlbook.parts.unroll_replay import side_by_side
 from rlbook.plumbing.cluster import Cluster, Crash, Node
+from rlbook.plumbing.crew import Crew, CrewError
 from rlbook.plumbing.faults import sigkill
 from rlbook.plumbing.flow import Flow
 from rlbook.plumbing.learner_group import LearnerGroup
@@ -303,26 +303,53 @@ def test_real_learners_reduce_among_themselves():
             assert group.answer(metrics)["gradient_norm"] > 0
         states = group.state_dict()["learners"]
         found = group.parameters()
-        row = batch[0].env_outputs
-        nothing = batch[0]._replace(env_outputs=row._replace(first=np.ones_like(row.first)))
-        metrics, _ = group.update([0], [runtime.put(nothing)] * 2)
-        assert group.answer(metrics)["gradient_norm"] == 0, "no row counts"
-        bad = [runtime.put(unroll) for unroll in (batch[0], "no unroll")]
-        broken, _ = group.update([0], bad)
-        assert runtime.wait([broken], timeout=60.0)[0], "learner 0 does not wait in vain"
-        with pytest.raises(AttributeError, match="has no attribute 'env_outputs'"):
-            group.answer(broken)
-        group = LearnerGroup(runtime, lambda rank: remote.remote(config, rank), 2)
-        ray.kill(group.learners[0])
-        broken, _ = group.update([0], [runtime.put(unroll) for unroll in batch])
-        with pytest.raises(ActorDiedError):
+        broken, _ = group.update([0], [runtime.put(unroll) for unroll in (batch[0], "no unroll")])
+        with pytest.raises(AttributeError, match="'str' object has no attribute"):
             group.answer(broken)
         result = ip.train(replace(config, total_env_steps=20_000), runtime)
     assert result.stopped_because == "total_env_steps" and np.isfinite(result.metrics["loss"])
-    assert {"Learner 4", "Learner 5"} <= {span.who for span in result.spans}
+    assert {"Learner 2", "Learner 3"} <= {span.who for span in result.spans}
     assert np.array_equal(states[0]["parameters"], states[1]["parameters"])
     assert np.allclose(found, one.newest().values, atol=1e-5)
     assert states[0]["version"] == states[1]["version"] == 5
+
+
+def test_real_learners_without_a_row_stay_and_one_that_fails_keeps_nobody_waiting():
+    config = replace(QUICK, num_learners=2, unrolls_per_batch=2)
+    actor, one = ip.Actor(config, 0), ip.Learner(config)
+    _, unroll = actor.unroll(one.weights())
+    row = unroll.env_outputs
+    nothing = unroll._replace(env_outputs=row._replace(first=np.ones_like(row.first)))
+    with Crew(ip.Learner, lambda rank, _: (config, rank), 2) as learners:
+        learners.ask(0, "host", "127.0.0.1")
+        _, port = learners.first()
+        learners.each("meet", [("127.0.0.1", port, rank, 2) for rank in range(2)])
+        for metrics, weights in learners.each("update", [([0], nothing)] * 2):
+            assert metrics["gradient_norm"] == 0.0
+            assert np.array_equal(weights.values, one.weights().values)
+        for metrics, weights in learners.each("update", [([0], nothing), ([0], unroll)]):
+            assert metrics["gradient_norm"] > 0.0 and np.isfinite(weights.values).all()
+        learners.ask(0, "update", [0], unroll)
+        learners.ask(1, "update", [0], "no unroll")
+        words = []
+        for _ in range(2):  # with the limit of two minutes, if it is not told
+            with pytest.raises(CrewError) as failed:
+                learners.first()
+            words.append(str(failed.value))
+    assert "AttributeError" in words[0] + words[1]
+    assert "GroupBroken" in words[0] + words[1] and "Timed out" not in words[0] + words[1]
+
+
+def test_every_actor_draws_for_itself_one_that_replaces_another_too():
+    """Environments and actions."""
+    born = [ip.Actor(QUICK, 0), ip.Actor(QUICK, 1), ip.Actor(QUICK, 0, born=1)]
+    seen = {actor.envs.env_output.observation.tobytes() for actor in born}
+    draws = {actor.sampler.rng.random() for actor in born}
+    assert len(seen) == len(draws) == 3
+    again = ip.Actor(QUICK, 0)
+    assert (
+        again.envs.env_output.observation.tobytes() in seen and again.sampler.rng.random() in draws
+    )
 
 
 # -- what is in flight -----------------------------------------------------------------------------
@@ -637,6 +664,17 @@ def test_replayed_unrolls_fill_their_part_of_a_batch(monkeypatch):
         drawn[unroll.version] += 1
     assert set(drawn) == set(range(14, 20)), "the last six"
     assert min(drawn.values()) > 850
+
+
+def test_learners_share_out_what_is_replayed_and_draw_each_for_itself():
+    config = replace(QUICK, num_actors=4, num_learners=2, unrolls_per_batch=6, replay_unrolls=9)
+    learners = [ip.Learner(config, rank) for rank in range(2)]
+    assert config.fresh_unrolls == 3 and [learner.drawn for learner in learners] == [2, 1]
+    _, unroll = ip.Actor(config, 0).unroll(learners[0].weights())
+    for learner in learners:
+        learner.replay.add([unroll._replace(version=number) for number in range(9)])
+    first, second = ([u.version for u in learner.replay.draw(30)] for learner in learners)
+    assert first != second
 
 
 # -- several tasks ---------------------------------------------------------------------------------
