@@ -436,6 +436,25 @@ def test_what_is_kept_acts_as_what_was_trained(name, tmp_path):
     assert result.evaluate(5).returns.tolist() == kept.evaluate(5).returns.tolist()
 
 
+def test_every_worker_draws_for_itself_one_that_replaces_another_too():
+    """Environments, actions, and the order of rows."""
+    born = [dppo.Worker(QUICK, 0), dppo.Worker(QUICK, 1), dppo.Worker(QUICK, 0, born=1)]
+    seen = {worker.envs.env_output.observation.tobytes() for worker in born}
+    draws = {rng.random() for worker in born for rng in (worker.sampler.rng, worker.rng)}
+    assert len(seen) == 3 and len(draws) == 6
+    again = dppo.Worker(QUICK, 0)
+    assert again.envs.env_output.observation.tobytes() in seen
+    assert {again.sampler.rng.random(), again.rng.random()} < draws
+
+
+def test_slices_of_the_largest_gradient_are_together_as_long_as_it_may_be():
+    config = replace(SERVED, num_shards=4, max_gradient_norm=3.0)
+    slices = [np.full(5, 100.0) for _ in range(4)]
+    limit = dppo.server_settings(config).max_mean_norm
+    scaled = [part * limit / np.linalg.norm(part) for part in slices]
+    assert np.isclose(np.linalg.norm(np.concatenate(scaled)), 3.0)
+
+
 # -- stragglers ------------------------------------------------------------------------------------
 
 SLOW_ENVS = dppo.COSTS | {"env_step": 2e-3}
