@@ -13,6 +13,7 @@ that is not solved within the cap counts as infinitely slow in the medians.
 
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from benchmarks.common import (
     Row,
@@ -53,12 +54,21 @@ def one(library: str, system: str, seed: int, *flags: str, seconds: float) -> Ro
     """One run of one library: until solved, or for its rate."""
     command = [system, "--seed", str(seed), *flags]
     if library == OURS:
-        made = child(["benchmarks.trial", *command])
+        made = again(["benchmarks.trial", *command])
     else:
         command += ["--seconds", str(seconds)]
         limit = 2 * seconds + START_S  # it may confirm several times
-        made = child(["benchmarks.rllib_peer", *command], peer=True, timeout_s=limit)
+        made = again(["benchmarks.rllib_peer", *command], peer=True, timeout_s=limit)
     return {"library": library, **made}
+
+
+def again(command: Sequence[str], **options: Any) -> Row:
+    """A fresh process, and another one if it fails: on a busy machine Ray does not always start."""
+    try:
+        return child(command, **options)
+    except RuntimeError as error:
+        note(f"once more, for it failed: {str(error).splitlines()[-1]}")
+        return child(command, **options)
 
 
 def solve(systems: Systems, seeds: int, goal: float, cap_s: float) -> list[Row]:

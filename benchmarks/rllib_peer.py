@@ -2,10 +2,11 @@
 
     python -m benchmarks.rllib_peer impala --seed 1 --goal 475 --seconds 90
 
-The clock starts when all processes are there, as ours does, and stands still during confirmations
-(`benchmarks.peer.Clock`). What counts as solved is judged by raw episodes: a callback adds up the
-rewards of every piece of an episode that an env runner hands over. RLlib's own
-`episode_return_mean` is something else: it crosses 475 well before the last 100 episodes do.
+The clock starts after the first turn of training that brought steps, when all processes are there
+(ours starts before its first), and stands still during confirmations (`benchmarks.peer.Clock`).
+What counts as solved is judged by raw episodes: a callback adds up the rewards of every piece of an
+episode that an env runner hands over. RLlib's own `episode_return_mean` is something else: it
+crosses 475 well before the mean of the last 100 episodes does.
 """
 
 import argparse
@@ -203,18 +204,23 @@ def run(system: str, seed: int, goal: float | None, seconds: float, env_id: str)
 def train(
     algorithm: Any, system: str, seed: int, goal: float | None, seconds: float, env_id: str
 ) -> Clock:
-    """Trains until the clock says that it is over; without a goal after a first warm turn."""
+    """Trains until the clock says that it is over."""
     policy = LearnersPolicy(algorithm, SETTINGS[system].filtered)
     clock = Clock(policy, RUNNERS * ENVS_EACH, seed, env_id, goal, seconds)
     taken, going = 0, True
-    if goal is None:
-        taken = steps_of(algorithm.train())
+    while not taken:
+        taken = steps_of(result := algorithm.train())
     clock.start()
+    clock.returns.extend(returns_of(result))
     while going:
-        result = algorithm.train()
-        before, taken = taken, steps_of(result)
-        going = clock.book(taken - before, result["env_runners"].get(RETURNS, ()))
+        before, taken = taken, steps_of(result := algorithm.train())
+        going = clock.book(taken - before, returns_of(result))
     return clock
+
+
+def returns_of(result: dict[str, Any]) -> list[float]:
+    """Of the training episodes that ended in this turn."""
+    return list(result["env_runners"].get(RETURNS, ()))
 
 
 def steps_of(result: dict[str, Any]) -> int:

@@ -3,7 +3,8 @@
     python -m benchmarks.trial ppo --seed 1 --goal 475        until solved
     python -m benchmarks.trial ppo --seconds 10               for its rate
 
-All settings are those of a preset: the default one, where the name says no other.
+All settings are those of a preset: the default one, where the name says no other. What `STEPS` says
+is how long a run until solved may be where the preset is for a rate.
 """
 
 import argparse
@@ -28,6 +29,7 @@ SYSTEMS = {
 }
 """Name in the tables → module and preset."""
 
+STEPS = {"impala_throughput": 10_000_000}
 PILOT_STEPS = 20_000
 
 
@@ -41,7 +43,8 @@ def settings(system: str, seed: int, env_id: str) -> tuple[Any, Any]:
 def until_solved(system: str, seed: int, goal: float, env_id: str) -> Result:
     """Trains until it is solved or its total of steps is used up."""
     module, config = settings(system, seed, env_id)
-    return module.train(replace(config, stop_at_return=goal))
+    steps = STEPS.get(system, config.total_env_steps)
+    return module.train(replace(config, stop_at_return=goal, total_env_steps=steps))
 
 
 def for_seconds(system: str, seed: int, seconds: float, env_id: str) -> Result:
