@@ -10,7 +10,7 @@
         Actor … ── unroll [T+1, B], μ ──┘            Learner … ─┘
                                      first in, first out
 
-      who waits: an actor, when `unrolls_in_flight` of its unrolls are not yet learnt from;
+      who waits: an actor, when `unrolls_in_flight` of its unrolls have not gone to a learner;
                  the learners, when the queue holds less than a batch
 
 This is A2C (Mnih et al., 2016) with: actors apart from learners, and V-trace for the difference
@@ -80,7 +80,7 @@ class Config(RunConfig):
     update_rule: Literal["async", "sync"] = "async"
     """"sync": actors wait for the update that their unrolls went into, as in batched A2C."""
     unrolls_in_flight: int = 2
-    """Unrolls asked of an actor and not yet learnt from: what bounds the lag."""
+    """Unrolls asked of an actor that have not gone to a learner: what bounds the lag."""
     updates_in_flight: int = 1
     """Batches at the learners at once; with 2 they never wait for the driver."""
     unrolls_per_batch: int = 1

@@ -563,8 +563,9 @@ def test_real_actors_killed_by_sigkill_are_replaced(capfd):
         replace(QUICK, unrolls_per_batch=3, optimizer="adam"),
         replace(QUICK, unrolls_per_batch=4, num_learners=2, policy_delay=3, broadcast_period=2),
         replace(QUICK, unrolls_per_batch=4, replay_unrolls=10, lstm_size=8),
+        replace(QUICK, env_id="rlbook/Catch-v0", env_ids=("rlbook/Memory-v0", "rlbook/Catch-v0")),
     ],
-    ids=["sync", "async", "delayed", "replay"],
+    ids=["sync", "async", "delayed", "replay", "tasks"],
 )
 def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch, config):
     """The power fails after a checkpoint; what is resumed ends as if it had not."""
