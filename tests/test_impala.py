@@ -742,6 +742,15 @@ def test_the_step_size_falls_to_zero_and_the_sum_is_clipped_as_a_sum():
     assert np.isclose(np.linalg.norm(share.gradient) * unroll.valid.sum(), norms[0], rtol=1e-4)
 
 
+def test_a_step_of_rmsprop_by_hand():
+    config = replace(QUICK, learning_rate=0.1, rmsprop_decay=0.6, rmsprop_epsilon=0.25)
+    learner = ip.Learner(config)
+    before, learner.flat.gradients[0] = learner.newest().values[0], 0.4
+    learner.step(0)
+    expected = before - 0.1 * 0.4 / math.sqrt((1 - 0.6) * 0.4**2 + 0.25)
+    assert math.isclose(learner.newest().values[0], expected, rel_tol=1e-5)
+
+
 def test_a_policy_that_is_said_to_be_new_learns_from_old_data_as_if_it_were():
     """Far from the behaviour policy, V-trace trusts the data less: its advantages are smaller."""
     config = replace(QUICK, **COUNTED, lambda_=1.0, entropy_cost=0.0)
