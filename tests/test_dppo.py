@@ -483,6 +483,17 @@ def test_a_straggler_is_cut_short_and_the_others_wait_less(watched, monkeypatch)
     assert rates[True] > 2 * rates[False]
 
 
+def test_who_was_cut_short_is_known_to_be_slow(tmp_path):
+    """After one round: speed is steps taken, not steps asked for."""
+    config = replace(QUICK, num_workers=3, preempt=True, balance=True, total_env_steps=200)
+    config = replace(config, run_dir=str(tmp_path / "run"))
+    result = run_on(config, costs=SLOW_ENVS, stragglers={"Worker 1": 4.0}, jitter=0.0)
+    assert result.learner_steps == config.minibatches
+    parts = load_checkpoint(tmp_path / "run" / "checkpoint.npz", "dppo")["parts"]
+    fast, slow, other = parts["workers"]["pace"]["speeds"]
+    assert np.isclose(fast, other, rtol=0.1) and 3.0 < fast / slow < 5.0
+
+
 def test_who_has_taken_little_is_not_cut_however_late():
     config = replace(QUICK, num_workers=2, preempt=True, short_rollout=0.9, total_env_steps=800)
     for fraction, stragglers in ((0.9, {"Worker 1": 9.0}), (1.0, {"Worker 1": 9.0})):
@@ -556,6 +567,8 @@ def test_a_dead_worker_is_replaced_and_the_others_go_on(name, restart_s, watched
             assert all(torch.equal(vectors[0], vector) for vector in vectors)
             made = [worker.updates for worker in watched[0].values()]
             assert set(made) == {result.learner_steps}
+    if not config.balance:
+        assert max(map(len, watched[1])) <= config.num_envs * config.unroll_length
 
 
 def test_the_adder_and_a_shard_may_die_too():

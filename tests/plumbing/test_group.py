@@ -78,6 +78,9 @@ class InVain:
     def learn_from(self, knowledge):
         self.learnt += 1
 
+    def load_state_dict(self, state):
+        pass
+
     def count(self):
         return self.learnt
 
@@ -88,6 +91,13 @@ def test_rounds_that_fail_for_ever_end_the_run():
         with pytest.raises(CrewError, match="nobody dies, but rounds fail"):
             for _ in range(5):
                 team.turn()
+
+
+def test_after_resuming_too_workers_who_know_less_are_not_believed():
+    with Lockstep(InVain, SimpleNamespace(num_workers=2)) as team:
+        team.load_state_dict({"members": [{}, {}], "updates": 5})
+        with pytest.raises(CrewError, match="all workers died"):
+            team.turn()
 
 
 def test_the_adder_adds_in_order_and_leaves_one_vector_alone():
