@@ -567,8 +567,12 @@ def test_a_dead_worker_is_replaced_and_the_others_go_on(name, restart_s, watched
             assert all(torch.equal(vectors[0], vector) for vector in vectors)
             made = [worker.updates for worker in watched[0].values()]
             assert set(made) == {result.learner_steps}
-    if not config.balance:
-        assert max(map(len, watched[1])) <= config.num_envs * config.unroll_length
+
+
+def test_a_rollout_in_which_somebody_died_is_not_taken_up_again(watched):
+    half = 0.5 * run_on(RUNS["all_reduce"], costs=SLOW_ENVS).wall_time_s
+    run_on(RUNS["all_reduce"], costs=SLOW_ENVS, crashes=(Crash("Worker 1", at_s=half),))
+    assert max(map(len, watched[1])) <= QUICK.num_envs * QUICK.unroll_length
 
 
 def test_the_adder_and_a_shard_may_die_too():
