@@ -90,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         median = seconds_to_solved(rows, "impala")
         targets.append(target("CartPole: seconds to solved", median, most=MOST_SECONDS))
         name = "1 ms a step: fraction of the ceiling"
-        targets.append(target(name, bound["fraction"], least=LEAST_FRACTION))
+        # More than the ceiling means that other work disturbed its measurement.
+        targets.append(target(name, bound["fraction"], least=LEAST_FRACTION, most=1.05))
     print_targets(targets)
     keep("impala", [*rows, bound], targets, options, unusual(flags, options, "seeds", "seconds"))
 
