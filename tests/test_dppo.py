@@ -567,6 +567,8 @@ def test_a_dead_worker_is_replaced_and_the_others_go_on(name, restart_s, watched
             assert all(torch.equal(vectors[0], vector) for vector in vectors)
             made = [worker.updates for worker in watched[0].values()]
             assert set(made) == {result.learner_steps}
+            rounds = result.env_steps / (3 * config.num_envs * config.unroll_length)
+            assert result.learner_steps > 0.9 * rounds * config.minibatches, "nothing is forgotten"
 
 
 def test_a_rollout_in_which_somebody_died_is_not_taken_up_again(watched):
