@@ -62,7 +62,7 @@ def explain(
     """
     numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
     timeline = _without_beginnings(Timeline.of(spans or ()))
-    found = shares(timeline)
+    found = _less_waits_within(shares(timeline), numbers.get("waiting_time_fraction", 0.0))
     if not found:
         return _from_metrics(numbers, config)
     kind, cause = _bottleneck(found)
@@ -81,6 +81,18 @@ def explain(
         (*sentences, *_division(numbers), *guess, *_traffic(numbers)),
         _advice(bound, kind, config, numbers, slow),
     )
+
+
+def _less_waits_within(found: dict[str, Shares], waited: float) -> dict[str, Shares]:
+    """Those who act may wait for their peers within a call; their metrics know for how long."""
+    return {
+        kind: share
+        if SERVING.search(kind) or INFERRING.search(kind)
+        else share._replace(
+            work=(1 - waited) * share.work, waiting=share.waiting + waited * share.work
+        )
+        for kind, share in found.items()
+    }
 
 
 def _bottleneck(found: Mapping[str, Shares]) -> tuple[str, str]:
