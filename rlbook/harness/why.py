@@ -224,6 +224,7 @@ def _advice(
         "env": [
             *setting("num_envs", "more copies that step together cost less each"),
             *setting("num_workers", "more workers, as long as cores are free"),
+            *setting("num_actors", "more actors, as long as cores are free"),
             "a faster environment: a vector entry point, fewer wrappers, arrays without copies",
         ],
         "inference": [
@@ -234,6 +235,7 @@ def _advice(
         "learner": [
             *(setting("num_shards", "more shards that share the work") if serving else []),
             *([] if serving else setting("num_workers", "more workers that share the gradients")),
+            *setting("num_learners", "more learners that share each batch, as long as cores are free"),
             *setting("unroll_length", "fewer and larger gradients, of longer unrolls"),
             *setting("hidden_sizes", "a smaller network"),
             "a GPU for the gradients, or a faster optimiser step",
@@ -241,6 +243,7 @@ def _advice(
         "wire": [
             *(setting("compression", "fewer bytes a gradient") if heavy else []),
             *setting("calls_in_flight", "more calls on their way at once"),
+            *setting("unrolls_in_flight", "more unrolls on their way, and more lag"),
             *setting("unroll_length", "fewer and larger messages, of longer unrolls"),
             *setting("num_envs", "more environment steps for each message"),
             *([] if heavy else setting("compression", "fewer bytes a gradient")),
