@@ -235,7 +235,7 @@ def _advice(
         "learner": [
             *(setting("num_shards", "more shards that share the work") if serving else []),
             *([] if serving else setting("num_workers", "more workers that share the gradients")),
-            *setting("num_learners", "more learners that share each batch, as long as cores are free"),
+            *setting("num_learners", "more learners that share each batch"),
             *setting("unroll_length", "fewer and larger gradients, of longer unrolls"),
             *setting("hidden_sizes", "a smaller network"),
             "a GPU for the gradients, or a faster optimiser step",
