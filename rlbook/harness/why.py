@@ -153,15 +153,15 @@ def _from_metrics(numbers: Mapping[str, float], config: Any) -> Diagnosis:
 
 def _verdict(bound: Bound, kind: str, mine: Shares) -> str:
     """The first sentence."""
-    who = f"{kind}s" if mine.processes > 1 else kind
+    who, were = (f"{kind}s", "were") if mine.processes > 1 else (kind, "was")
     if bound == "wire":
         return (
-            f"Bound by the wire: for {_percent(mine.wire)} of the time the {who} were idle and"
+            f"Bound by the wire: for {_percent(mine.wire)} of the time the {who} {were} idle and"
             " nothing that they could wait for worked; messages were on their way."
         )
     if bound == "waiting":
         return (
-            f"Bound by waiting: for {_percent(mine.waiting)} of the time the {who} were idle"
+            f"Bound by waiting: for {_percent(mine.waiting)} of the time the {who} {were} idle"
             " until a slower one was through."
         )
     names = {"env": "environments", "inference": "inference", "learner": "learner"}
