@@ -1,6 +1,6 @@
 """The book's IMPALA and distributed PPO beside RLlib's IMPALA, APPO and PPO, on CartPole-v1.
 
-    python -m benchmarks.rllib [--seeds 5] [--cap 90] [--seconds 10] [--ours] [--quick]
+    python -m benchmarks.rllib [--seeds 5] [--cap 60] [--seconds 10] [--ours] [--quick]
 
 Every run has a fresh process, and all take turns seed by seed, so that drift of the machine hits
 all alike. RLlib (new API stack) has two env runners of 16 copies and the settings that its examples
@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Solving in turns, then rates."""
     flags = parser("IMPALA and distributed PPO beside RLlib, on CartPole-v1.")
     flags.add_argument("--seeds", type=int, default=5)
-    flags.add_argument("--cap", type=float, default=90.0, help="seconds for a run of RLlib")
+    flags.add_argument("--cap", type=float, default=60.0, help="seconds for a run of RLlib")
     flags.add_argument("--seconds", type=float, default=10.0, help="for a rate")
     flags.add_argument("--ours", action="store_true", help="leave out RLlib")
     options = flags.parse_args(arguments)

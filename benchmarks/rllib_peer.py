@@ -12,6 +12,7 @@ crosses 475 well before the mean of the last 100 episodes does.
 import argparse
 import json
 import logging
+import math
 import os
 import tempfile
 from collections import defaultdict
@@ -219,8 +220,9 @@ def train(
 
 
 def returns_of(result: dict[str, Any]) -> list[float]:
-    """Of the training episodes that ended in this turn."""
-    return list(result["env_runners"].get(RETURNS, ()))
+    """Of the training episodes that ended in this turn; RLlib's word for none is NaN."""
+    found = result["env_runners"].get(RETURNS, ())
+    return [] if isinstance(found, float) and math.isnan(found) else list(found)
 
 
 def steps_of(result: dict[str, Any]) -> int:
