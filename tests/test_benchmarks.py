@@ -290,6 +290,15 @@ class Piece:
         return self.value
 
 
+def test_a_turn_of_rllib_without_an_episode_has_no_returns() -> None:
+    def turn(found: object) -> dict[str, dict[str, object]]:
+        return {"env_runners": {rllib_peer.RETURNS: found}}
+
+    assert rllib_peer.returns_of(turn([9.0, 12.0])) == [9.0, 12.0]
+    assert rllib_peer.returns_of(turn(float("nan"))) == []
+    assert rllib_peer.returns_of({"env_runners": {}}) == []
+
+
 def test_episodes_are_added_up_from_their_pieces() -> None:
     pieces = rllib_peer.Pieces()
     assert pieces.ended([Piece("a", 50.0, False), Piece("b", 50.0, False)]) == []
