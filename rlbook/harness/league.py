@@ -3,6 +3,7 @@
 import ast
 import inspect
 from collections.abc import Iterable, Mapping
+from statistics import median
 from typing import NamedTuple
 
 from rlbook.harness.records import Record
@@ -88,14 +89,18 @@ TRAFFIC = {
 
 
 def traffic_table(records: Mapping[str, Record]) -> str:
-    """How late, how much and how idle, as a Markdown table: medians over the seeds of each record;
-    a dash where a system has no such thing or does not measure it.
+    """How late, how much and how idle, as a Markdown table: medians over those seeds of each
+    record that know; a dash where a system has no such thing or does not measure it.
     """
     lines = ["| system | " + " | ".join(TRAFFIC) + " |", "|---|" + "---:|" * len(TRAFFIC)]
     for name, record in records.items():
-        known = record.runs[0].metrics
+        found = {
+            metric: [run.metrics[metric] for run in record.runs if metric in run.metrics]
+            for metrics, _ in TRAFFIC.values()
+            for metric in metrics
+        }
         cells = [
-            next((format(record.median(one), form) for one in metrics if one in known), "–")
+            next((format(median(found[one]), form) for one in metrics if found[one]), "–")
             for metrics, form in TRAFFIC.values()
         ]
         if set(cells) != {"–"}:
