@@ -194,8 +194,10 @@ def run(system: str, seed: int, goal: float | None, seconds: float, env_id: str)
         try:
             with TreeMemory() as memory:
                 algorithm = make_algorithm(system, env_id, seed)
-                clock = train(algorithm, system, seed, goal, seconds, env_id)
-            algorithm.stop()
+                try:
+                    clock = train(algorithm, system, seed, goal, seconds, env_id)
+                finally:  # what is not stopped starts Ray once more when it is collected
+                    algorithm.stop()
         finally:
             ray.shutdown()
     shared = {"num_envs": RUNNERS * ENVS_EACH, "memory_mb": memory.peak_mb}
