@@ -222,9 +222,12 @@ def train(
 
 
 def returns_of(result: dict[str, Any]) -> list[float]:
-    """Of the training episodes that ended in this turn; RLlib's word for none is NaN."""
-    found = result["env_runners"].get(RETURNS, ())
-    return [] if isinstance(found, float) and math.isnan(found) else list(found)
+    """Of the training episodes that ended in this turn.
+
+    RLlib's word for none is NaN, and for one of them the bare number.
+    """
+    found = np.atleast_1d(result["env_runners"].get(RETURNS, ()))
+    return [float(value) for value in found if not math.isnan(value)]
 
 
 def steps_of(result: dict[str, Any]) -> int:

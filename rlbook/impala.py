@@ -212,7 +212,7 @@ MEMORY = Config(
 )
 PRESETS = {
     "default": Config(),
-    "throughput": Config(num_envs=128, unroll_length=20, updates_in_flight=2, learning_rate=5e-3),
+    "throughput": Config(num_envs=128, unroll_length=20, updates_in_flight=2, learning_rate=2.5e-3),
     "paper": PAPER,
     "memory": MEMORY,
     "multitask": replace(

@@ -296,6 +296,7 @@ def test_a_turn_of_rllib_without_an_episode_has_no_returns() -> None:
 
     assert rllib_peer.returns_of(turn([9.0, 12.0])) == [9.0, 12.0]
     assert rllib_peer.returns_of(turn(float("nan"))) == []
+    assert rllib_peer.returns_of(turn(31.0)) == [31.0]
     assert rllib_peer.returns_of({"env_runners": {}}) == []
 
 
