@@ -8,17 +8,128 @@ shard that dies takes what it held with it; an empty one takes its place and is 
 has been filled again.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from rlbook.data import Transition
-from rlbook.parts.replay import UniformReplay
+from rlbook.parts.replay import Sample, UniformReplay
 from rlbook.plumbing.deeds import StandIn
 from rlbook.plumbing.param_server import Alive, alive
 from rlbook.plumbing.runtime import Reference, Runtime
 from rlbook.plumbing.team import place_seed
+
+
+class Memory(Protocol):
+    """Where items lie and are drawn from, as one process sees it: in its own memory
+    (`rlbook.parts.replay`), or on a server elsewhere that it is a client of.
+
+    An item is a row of a NamedTuple of arrays: a transition, a sequence, …
+    """
+
+    def add(self, items: Any, priorities: Any = None) -> Any:
+        """Stores `items`, fields `[N, ...]`, with `priorities` `[N]`: their keys, int64 `[N]`.
+
+        Without priorities, they get the largest there ever was. The oldest make room.
+        """
+
+    def sample(self, batch_size: int, importance_exponent: float | None = None) -> Sample:
+        """Draws so many by p^α; ValueError while it is empty."""
+
+    def update_priorities(self, keys: Any, priorities: Any) -> int:
+        """New priorities `[N]`; of equal keys the last counts. Keys of items that are gone are
+        ignored: how many were still there.
+        """
+
+    def __len__(self) -> int:
+        """Items held."""
+
+    @property
+    def total_priority(self) -> float:
+        """Σ p^α over all items."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes when full."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that future draws depend on."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state_dict`."""
+
+
+class Made(NamedTuple):
+    """What an actor made: items `[N, ...]` with priorities `[N]`, or without (None)."""
+
+    items: Any
+    priorities: Any = None
+
+
+class Draw(NamedTuple):
+    """A batch on its way from the shards to a learner."""
+
+    parts: list[Reference]
+    """To a `Part` from each shard, or to None from one that gives no rows. Where the learner is a
+    client of the memory itself there are none: it draws `rows` by itself."""
+    rows: int
+    reports: list[Reference]
+    """To what each shard tells the driver."""
+    born: list[int]
+    """How many died in each shard's place before."""
+
+
+class Part(NamedTuple):
+    """The rows of a batch that one shard gives."""
+
+    sample: Sample
+    """Its probabilities are those among *all* shards; its weights are not."""
+    size: int
+    """N, items in all shards."""
+    smallest: float
+    """min P(i) over all items of all shards; 0 where nobody asked for it."""
+
+
+class Priorities(NamedTuple):
+    """What a learner sends back to the shard that gave the rows."""
+
+    keys: Any
+    values: Any
+
+
+class Replay(Protocol):
+    """A replay memory as its driver conducts it: data goes by, in references that it hands on.
+
+    An actor makes a `Made`, or, where it is a client of the memory, adds by itself and makes None.
+    """
+
+    def add(self, made: Reference, count: int) -> None:
+        """Hands on the `count` items that an actor made. Returns at once."""
+
+    def sample(self, rows: int) -> Draw:
+        """Draws so many rows from all shards together, by p^α / Σ p^α. Returns at once."""
+
+    def update_priorities(self, draw: Draw, priorities: Sequence[Reference]) -> None:
+        """Hands on a `Priorities` for each part of a draw that has been learnt from. What belongs
+        to items that are gone, or to a shard that died since, is ignored. Returns at once.
+        """
+
+    def __len__(self) -> int:
+        """Items held, as far as the driver knows."""
+
+    @property
+    def total(self) -> float:
+        """Σ p^α over all shards, as far as the driver knows."""
+
+    def mend(self) -> int:
+        """Replaces what died, and tells how many did."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps; nothing may be in flight."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state_dict`."""
 
 
 class ReplayShard(UniformReplay[Transition], Alive):
