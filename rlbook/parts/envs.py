@@ -28,8 +28,11 @@ from rlbook.parts.env_state import restore, snapshot
 
 OWN_ENVS = {
     "rlbook/Catch-v0": "rlbook.parts.catch:Catch",
+    "rlbook/MaskedCartPole-v0": "rlbook.parts.masked_cartpole:MaskedCartPole",
     "rlbook/Memory-v0": "rlbook.parts.memory:Memory",
 }
+TIME_LIMITS = {"rlbook/MaskedCartPole-v0": 500}
+"""Steps after which an episode is truncated; the others end by themselves."""
 
 
 def register_own_envs() -> None:
@@ -40,6 +43,7 @@ def register_own_envs() -> None:
                 env_id,
                 entry_point=f"{entry_point}Env",
                 vector_entry_point=f"{entry_point}VectorEnv",
+                max_episode_steps=TIME_LIMITS.get(env_id),
             )
     from rlbook.parts import gridworld
 
@@ -245,11 +249,11 @@ def make_envs(
     """A vector of `num_envs` copies of a Gymnasium environment.
 
     Args:
-        env_id: any Gymnasium id; `rlbook/Catch-v0`, `rlbook/GridWorld-v0`, `rlbook/Memory-v0`;
-            Atari as `ALE/Pong-v5` (needs the extra `atari`), with the preprocessing of Mnih et al.
-            (2015): grey 84 × 84 frames, the maximum of two, four stacked, each action four times,
-            up to 30 no-ops at the start, no sticky actions. Unlike there, the loss of a life does
-            not end an episode.
+        env_id: any Gymnasium id; `rlbook/Catch-v0`, `rlbook/GridWorld-v0`, `rlbook/Memory-v0`,
+            `rlbook/MaskedCartPole-v0`; Atari as `ALE/Pong-v5` (needs the extra `atari`), with the
+            preprocessing of Mnih et al. (2015): grey 84 × 84 frames, the maximum of two, four
+            stacked, each action four times, up to 30 no-ops at the start, no sticky actions. Unlike
+            there, the loss of a life does not end an episode.
         num_envs: B.
         seed: of the first reset.
         autoreset_mode: "next_step", "same_step" or "disabled"; environments with a native vector
