@@ -46,11 +46,21 @@ class Replay(Protocol):
     An actor makes a `Made`, or, where it is a client of the memory, adds by itself and makes None.
     """
 
+    @property
+    def parts(self) -> int:
+        """Of each draw: R, or 0 where the learner draws by itself."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of all items, when full."""
+
     def add(self, made: Reference, count: int) -> None:
         """Hands on the `count` items that an actor made. Returns at once."""
 
-    def sample(self, rows: int) -> Draw:
-        """Draws so many rows from all shards together, by p^α / Σ p^α. Returns at once."""
+    def sample(self, rows: int) -> Draw | None:
+        """Draws so many rows from all shards together, by p^α / Σ p^α. Returns at once; None while
+        there is nothing to draw.
+        """
 
     def update_priorities(self, draw: Draw, priorities: Sequence[Reference]) -> None:
         """Hands on a `Priorities` (or None) for each part of a draw that was learnt from; at once.
@@ -205,8 +215,7 @@ class ShardedReplay:
             },
             returns={"keep": full, "draw": drawn},
         )
-        self.nbytes = settings.capacity * shards * row_bytes
-        """Of the items of all shards, when full."""
+        self._nbytes = settings.capacity * shards * row_bytes
         self.shards = [self._make(index, 0) for index in range(shards)]
         self.held, self.born = [0] * shards, [0] * shards
         """Items that each shard was given since it was made; how many died in its place."""
@@ -217,6 +226,16 @@ class ShardedReplay:
 
     def __len__(self) -> int:
         return sum(min(held, self.settings.capacity) for held in self.held)
+
+    @property
+    def parts(self) -> int:
+        """R."""
+        return len(self.shards)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the items of all shards, when full; known where `row_bytes` was given."""
+        return self._nbytes
 
     @property
     def total(self) -> float:
@@ -230,12 +249,11 @@ class ShardedReplay:
         self.held[index] += count
         self._kept[index] = self.shards[index].keep.remote(made)
 
-    def sample(self, rows: int) -> Draw:
-        """Rows of all shards. Waits only for the first report of a shard that is new.
-
-        ValueError while there is nothing to draw.
-        """
-        dealt, parts = self._shares(), []
+    def sample(self, rows: int) -> Draw | None:
+        """Rows of all shards. Waits only for the first report of a shard that is new."""
+        if (dealt := self._shares()) is None:
+            return None
+        parts = []
         edges = np.floor(np.cumsum(dealt) * rows + self._rng.random()).astype(int)
         edges[-1] = rows
         counts, reports = np.diff(edges, prepend=0), []
@@ -296,12 +314,10 @@ class ShardedReplay:
                 self.mend()
         return self._reports[index]
 
-    def _shares(self) -> np.ndarray:
+    def _shares(self) -> np.ndarray | None:
         """The part `[R]` of all rows that each shard gives; by size where all priorities are 0."""
         reports = [self._report(i) or ShardReport(0, 0.0) for i in range(len(self.shards))]
         weights = np.array([report.total for report in reports])
         if not weights.any():
             weights = np.array([float(report.size) for report in reports])
-        if not weights.any():
-            raise ValueError("cannot sample: the replay is empty")
-        return weights / weights.sum()
+        return weights / weights.sum() if weights.any() else None

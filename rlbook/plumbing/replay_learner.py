@@ -1,0 +1,98 @@
+"""A learner of a system with replay, as its driver calls it: a draw in, priorities and weights out.
+
+    parts of a draw ──► joined ──► dealt to k batches ──► update(batch) k times ──► priorities back
+                                                                │
+                                                                └──► weights, if it is time
+
+A system says what an update is; here is what travels.
+"""
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlbook.data import tree_map
+from rlbook.parts.flat import Flat
+from rlbook.plumbing.learner_group import Vector
+from rlbook.plumbing.memory_shard import Part, shares, whole
+from rlbook.plumbing.param_server import Alive
+
+
+class ReplayLearner(Alive):
+    """Two networks, of which the target is a copy of what the online one was, and an optimiser.
+
+    Args:
+        online: the parameters that are learnt, and their gradients.
+        target: of an equal network.
+        optimizer: of `online.vector`.
+        config: of the system, with `updates_per_call`, `broadcast_period` and `seed`.
+        metered: report how long it had no work (of the wall, so never on a virtual clock).
+    """
+
+    def __init__(
+        self,
+        online: Flat,
+        target: Flat,
+        optimizer: torch.optim.Optimizer,
+        config: Any,
+        metered: bool = False,
+    ) -> None:
+        self.flat, self.flat_target, self.optimizer = online, target, optimizer
+        self.config, self.metered = config, metered
+        self.rng, self.updates = np.random.default_rng([config.seed, 3]), 0
+        target.vector.copy_(online.vector)
+        self._ended_at = time.perf_counter()
+
+    def update(self, batch: Part) -> tuple[np.ndarray, dict[str, float]]:
+        """One update: new priorities `[rows]`, and metrics. Adds 1 to `updates`."""
+        raise NotImplementedError
+
+    def learn(self, *parts: Part) -> tuple[Any, ...]:
+        """All updates of a draw: metrics (means), weights for actors or None, each shard's
+        priorities.
+        """
+        began, before, draw = time.perf_counter(), self.updates, whole(parts)
+        assert draw.sample is not None
+        priorities, found = np.empty(len(draw.sample.keys)), []
+        for rows in self._dealt(len(priorities)):
+            sample = tree_map(lambda column, rows=rows: column[rows], draw.sample)
+            priorities[rows], metrics = self.update(draw._replace(sample=sample))
+            found.append(metrics)
+        means = {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+        period = self.config.broadcast_period
+        weights = self.newest() if self.updates // period > before // period else None
+        return means | self._idle(began), weights, *shares(parts, priorities)
+
+    def newest(self) -> Vector:
+        """The parameters after all updates so far."""
+        return Vector(self.updates, self.flat.vector.numpy().copy())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both networks, the optimiser, the count of updates and the random generator."""
+        vectors = {"online": self.flat.vector.numpy(), "target": self.flat_target.vector.numpy()}
+        state = {name: vector.copy() for name, vector in vectors.items()}
+        counts = {"updates": self.updates, "rng": self.rng.bit_generator.state}
+        return {**state, **counts, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state_dict`."""
+        np.copyto(self.flat.vector.numpy(), state["online"])
+        np.copyto(self.flat_target.vector.numpy(), state["target"])
+        self.updates, self.rng.bit_generator.state = state["updates"], state["rng"]
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _dealt(self, size: int) -> np.ndarray:
+        """Rows of each batch. Neighbours come from neighbouring strata of the draw: one of each k
+        to each batch, by lot, so that every batch is a stratified draw of its own.
+        """
+        groups = np.arange(size).reshape(-1, self.config.updates_per_call)
+        return groups.T if groups.shape[1] == 1 else self.rng.permuted(groups, axis=1).T
+
+    def _idle(self, began: float) -> dict[str, float]:
+        """The part of the time since the last draw was learnt in which there was nothing to do."""
+        if not self.metered:
+            return {}
+        last, self._ended_at = self._ended_at, time.perf_counter()
+        return {"learner_idle_fraction": (began - last) / (self._ended_at - last)}
