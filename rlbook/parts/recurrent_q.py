@@ -148,7 +148,8 @@ def numpy_step(network: nn.Module) -> Step | None:
             features += bias
             np.maximum(features, 0, out=features)
         if core is not None:
-            features, cell = state = core(features, state)
+            state = core(features, state)
+            features = state[0]
         q = features @ advantage_head[0] + advantage_head[1]
         if value_head is not None:
             q += features @ value_head[0] + value_head[1] - q.mean(-1, keepdims=True)
@@ -157,13 +158,13 @@ def numpy_step(network: nn.Module) -> Step | None:
     return step
 
 
-def _lstm(core: nn.LSTM) -> Step:
+def _lstm(core: nn.LSTM) -> Callable[[np.ndarray, ArrayState], ArrayState]:
     """One step of an LSTM: x `[B, F]` and (h, c) → (h, c) after it."""
-    in_weight, in_bias = core.weight_ih_l0.detach().numpy().T, core.bias_ih_l0.detach().numpy()
-    weight, bias = core.weight_hh_l0.detach().numpy().T, core.bias_hh_l0.detach().numpy()
-    size = core.hidden_size
+    views = {name: value.detach().numpy() for name, value in core.named_parameters()}
+    in_weight, weight = views["weight_ih_l0"].T, views["weight_hh_l0"].T
+    in_bias, bias, size = views["bias_ih_l0"], views["bias_hh_l0"], core.hidden_size
 
-    def step(x: np.ndarray, state: ArrayState) -> Any:
+    def step(x: np.ndarray, state: ArrayState) -> ArrayState:
         gates = x @ in_weight
         gates += state[0] @ weight
         gates += in_bias + bias

@@ -12,12 +12,19 @@ from, so that every step has a full one. Where an episode begins there is nothin
 state is known to be zero, and the rows of the burn-in are padding. So every step of an episode is
 learnt from, its first ones too. Where it ends, what is missing is padding.
 
-The recurrent state that is stored is the one before row 0: (h, c), as the actor had it.
+The recurrent state that is stored is the one before row 0: (h, c), as the actor had it. How a
+network reads sequences again, with its burn-in, is here too.
 """
 
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rlbook.parts.envs import Envs
+from rlbook.parts.q_learning import epsilon_greedy
+from rlbook.parts.recurrent_q import QActor, q_values
 
 
 class Sequence(NamedTuple):
@@ -173,3 +180,96 @@ def _masked(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """`values` `[N, ..., more]` with 0 where `mask` `[N, ...]` is False."""
     values[~mask] = 0
     return values
+
+
+def as_tensors(sequences: Sequence) -> Sequence:
+    """Arrays `[N, R, ...]` as tensors with time first, `[R, N, ...]`; states stay `[N, H]`."""
+    # Arrays from another process are read-only, which PyTorch does not know.
+    tensors = [torch.from_numpy(np.require(column, None, "W")) for column in sequences]
+    return Sequence(*(column.transpose(0, 1) for column in tensors[:5]), *tensors[5:])
+
+
+def first_rows(valid: Tensor) -> Tensor:
+    """Where an episode begins behind padding, `[R, N]` bool, from `valid` `[R-1, N]`.
+
+    Never row 0: what comes before it is the stored state, which is zero at an episode's beginning.
+    """
+    begins = torch.zeros(len(valid) + 1, *valid.shape[1:], dtype=torch.bool)
+    begins[1:-1] = valid[1:] & ~valid[:-1]
+    return begins
+
+
+def read_again(network: nn.Module, batch: Sequence, *, burn_in: int, stored: bool) -> Tensor:
+    """q of the rows behind the burn-in, `[m + n, N, A]`.
+
+    The burn-in is read without gradient; what the network makes of it is the state before the rest.
+
+    Args:
+        network: a `QNetwork` or a `RecurrentQNetwork`.
+        batch: as tensors, time first.
+        burn_in: l.
+        stored: begin with the state that the actor had, or with zeros.
+    """
+    begins, state = first_rows(batch.valid), (batch.hidden, batch.cell)
+    if not stored:
+        state = torch.zeros_like(batch.hidden), torch.zeros_like(batch.cell)
+    if burn_in:
+        with torch.no_grad():
+            _, state = q_values(network, batch.observation[:burn_in], begins[:burn_in], state)
+    return q_values(network, batch.observation[burn_in:], begins[burn_in:], state)[0]
+
+
+class SequencePlayer:
+    """B copies of an environment, played ε-greedily by one network: steps in, sequences out.
+
+    Args:
+        envs: the copies (NEXT_STEP autoreset).
+        network: gives q, with or without memory; whoever owns it may change its parameters.
+        epsilon: `[B]`, of each copy.
+        seed: of the random actions.
+        shape: of a sequence: `burn_in`, `length`, `overlap`, `tail` (see `SequenceCutter`).
+    """
+
+    def __init__(
+        self,
+        envs: Envs,
+        network: nn.Module,
+        epsilon: np.ndarray,
+        seed: int,
+        **shape: int,
+    ) -> None:
+        self.envs, self.epsilon = envs, epsilon
+        self.cutter = SequenceCutter(envs.num_envs, **shape)
+        self.memory = QActor(network, envs.num_envs)
+        self.rng = np.random.default_rng([seed, 1])
+
+    def rows(self, steps: int) -> Rows:
+        """So many steps of every copy: what it saw, did and thought, `[T, B, ...]`."""
+        return stacked([self.step() for _ in range(steps)])
+
+    def step(self) -> Rows:
+        """One step of every copy, `[B, ...]`."""
+        row = self.envs.env_output
+        q, state = self.values(row.observation, row.first)
+        action = epsilon_greedy(q, self.epsilon, self.rng)
+        after = self.envs.step(action)
+        return Rows(row.observation, action, after.reward, after.discount, ~after.first, q, *state)
+
+    def values(
+        self, observation: np.ndarray, first: np.ndarray
+    ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+        """See `QActor.values`."""
+        return self.memory.values(observation, first)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Environments, recurrent state, what is not yet cut, random generator."""
+        parts = {name: getattr(self, name).state_dict() for name in ("envs", "memory", "cutter")}
+        return parts | {"rng": self.rng.bit_generator.state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state_dict`; nothing is uncut if the episodes were begun anew."""
+        for name in ("envs", "memory", "cutter"):
+            getattr(self, name).load_state_dict(state[name])
+        if self.envs.restarted:
+            self.cutter.clear()
+        self.rng.bit_generator.state = state["rng"]
