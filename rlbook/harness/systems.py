@@ -11,5 +11,6 @@ SYSTEMS = {
     "a3c": "asynchronous actor-learners in shared memory or with a server (chapter 08)",
     "dppo": "PPO on many workers: all-reduce with preemption, or a parameter server (chapter 09)",
     "impala": "actors apart from learners, V-trace, one to k learners, several tasks (chapter 11)",
+    "r2d2": "Ape-X with memory: sequences, stored state, burn-in, rescaled values (chapter 12)",
 }
 """Module stem → one line about it."""

@@ -16,7 +16,9 @@ SHAPES = [
 ]
 
 
-def stream(env: int, rows: int, rng: np.random.Generator, longest: int = 12) -> list[dict[str, Any]]:
+def stream(
+    env: int, rows: int, rng: np.random.Generator, longest: int = 12
+) -> list[dict[str, Any]]:
     """Rows of one copy: each number tells where it is from."""
     found: list[dict[str, Any]] = []
     episode = 0
@@ -48,7 +50,7 @@ def as_rows(streams: list[list[dict[str, Any]]]) -> Rows:
 
 def by_hand(one: list[dict[str, Any]], shape: dict[str, int], whole: bool) -> list[dict[str, Any]]:
     """The sequences of one copy's stream, each written out; `whole`: of ended episodes alone."""
-    l, m, overlap, n = (shape[name] for name in ("burn_in", "length", "overlap", "tail"))
+    warm, m, overlap, n = (shape[name] for name in ("burn_in", "length", "overlap", "tail"))
     episodes: list[list[dict[str, Any]]] = [[]]
     for row in one:
         episodes[-1].append(row)
@@ -63,7 +65,7 @@ def by_hand(one: list[dict[str, Any]], shape: dict[str, int], whole: bool) -> li
             complete = ended or start + m + n <= len(episode)
             if not complete or (whole and not ended):
                 break
-            rows = range(start - l, start + m + n)
+            rows = range(start - warm, start + m + n)
             found.append({"rows": [episode[t] if 0 <= t < len(episode) else None for t in rows]})
             found[-1]["steps"] = [t for t in range(start, start + m) if t < steps]
             learnt, start = start + m, start + m - overlap
@@ -87,9 +89,7 @@ def same(sequence: Sequence, q: np.ndarray, index: int, wanted: list[Any], shape
             if sequence.valid[index, t] != counts:
                 return False
     first = zero if wanted[0] is None else wanted[0]
-    return bool(
-        sequence.hidden[index] == first["hidden"] and sequence.cell[index] == first["cell"]
-    )
+    return bool(sequence.hidden[index] == first["hidden"] and sequence.cell[index] == first["cell"])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -142,7 +142,9 @@ def test_a_sequence_that_crosses_an_episode_would_be_noticed():
         assert len({int(mark) // 100 for mark in row[row > 0]}) == 1
     merged = [{**row, "valid": True} for row in one]
     sequences, _ = SequenceCutter(1, **shape).push(as_rows([merged]))
-    crossing = [len({int(mark) // 100 for mark in row[row > 0]}) for row in sequences.observation[..., 0]]
+    crossing = [
+        len({int(mark) // 100 for mark in row[row > 0]}) for row in sequences.observation[..., 0]
+    ]
     assert max(crossing) > 1
 
 
