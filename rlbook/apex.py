@@ -26,20 +26,20 @@ Book: chapter 10
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from rlbook.data import tree_nbytes
+from rlbook.data import Transition, tree_nbytes
 from rlbook.harness.config import RunConfig, above, at_least, at_most, one_of, within
 from rlbook.harness.doctor import require_memory
 from rlbook.harness.run import Result, Run
 from rlbook.maths.exploration import epsilon_ladder
 from rlbook.maths.priorities import importance_weights
-from rlbook.parts.envs import Envs, Episode, make_envs, require_discrete
+from rlbook.parts.envs import Envs, make_envs, require_discrete
 from rlbook.parts.flat import Flat
 from rlbook.parts.meter import Meter
 from rlbook.parts.n_step import Trail
@@ -49,11 +49,20 @@ from rlbook.parts.optim import RMSProp
 from rlbook.parts.q_learning import epsilon_greedy, td_gradient
 from rlbook.plumbing.cluster import own_runtime
 from rlbook.plumbing.learner_group import Vector
-from rlbook.plumbing.memory_shard import Made, MemorySettings, MemoryShard, Part
+from rlbook.plumbing.memory_shard import (
+    Made,
+    Memory,
+    MemorySettings,
+    MemoryShard,
+    Part,
+    handed_on,
+)
 from rlbook.plumbing.param_server import Alive
-from rlbook.plumbing.replay_flow import ReplayFlow, Turn, Update, remote_flow
+from rlbook.plumbing.replay_books import Report, book
+from rlbook.plumbing.replay_flow import ReplayFlow, Turn, remote_flow
 from rlbook.plumbing.replay_learner import ReplayLearner
-from rlbook.plumbing.replay_server import Replay, ShardedReplay
+from rlbook.plumbing.replay_place import opened
+from rlbook.plumbing.replay_server import Replay
 from rlbook.plumbing.runtime import Runtime
 from rlbook.plumbing.team import place_seed
 
@@ -68,8 +77,10 @@ class Config(RunConfig):
     """Copies of the environment that an actor steps together (1 in the paper)."""
     unroll_length: int = 25
     """Vector steps of a chunk: what an actor sends at once (50 transitions in the paper)."""
+    replay: Literal["shards", "redis"] = "shards"
+    """Processes of our own, or a Redis server, which actors and learner speak to themselves."""
     num_replays: int = 1
-    """R, shards of the replay memory (4 in the paper's successors)."""
+    """R, shards of the replay memory (1 in the paper; 4 in RLlib's)."""
     prioritized: bool = True
     """Draw by priority, or uniformly."""
     priority_exponent: float = 0.6
@@ -97,13 +108,13 @@ class Config(RunConfig):
     """Draws at the learner; with 2 the next is on its way while it learns."""
     broadcast_period: int = 12
     """Updates between two weights for the actors (400 steps of an actor in the paper)."""
-    target_period: int = 100
+    target_period: int = 50
     """Updates between copies to the target network (2500 in the paper)."""
     double: bool = True
     """Choose the next action by the online network, value it by the target network."""
     dueling: bool = True
     """Separate heads for the value and the advantages."""
-    n_step: int = 3
+    n_step: int = 5
     """Steps of reward before the bootstrap (3 in the paper)."""
     discount: float = 0.99
     """γ (0.99 in the paper)."""
@@ -111,7 +122,7 @@ class Config(RunConfig):
     """ε of the most exploring copy (0.4 in the paper)."""
     epsilon_alpha: float = 7.0
     """α of the ladder ε_i = base^(1 + α i / (N − 1)) (7 in the paper)."""
-    scored_fraction: float = 0.25
+    scored_fraction: float = 0.5
     """Part of the copies, those that explore least, whose episodes are the score."""
     optimizer: Literal["adam", "rmsprop"] = "adam"
     """Adam, or centred RMSProp with ε inside the root, as in the paper."""
@@ -131,6 +142,7 @@ class Config(RunConfig):
     def __post_init__(self) -> None:
         """Refuses bad values."""
         super().__post_init__()
+        one_of(self, "replay", ("shards", "redis"))
         one_of(self, "weight_normalization", ("batch", "buffer"))
         one_of(self, "update_rule", ("async", "sync"))
         one_of(self, "optimizer", ("adam", "rmsprop"))
@@ -158,15 +170,23 @@ class Config(RunConfig):
         """Copies of the environment over all actors."""
         return self.num_actors * self.num_envs
 
-    def places(self, actor: int) -> np.ndarray:
-        """Where the copies `[B]` of an actor stand on the ladder: every actor has all kinds."""
-        return np.arange(self.num_envs) * self.num_actors + actor
+    @property
+    def finds_smallest(self) -> bool:
+        """Whether the smallest priority of the whole memory is needed."""
+        return self.weight_normalization == "buffer"
+
+    @property
+    def memory_settings(self) -> MemorySettings:
+        """Of all shards together."""
+        how = self.prioritized, self.priority_exponent, self.finds_smallest
+        return MemorySettings(self.replay_capacity, *how)
 
 
 DEFAULT = Config()
 PRESETS = {
     "default": DEFAULT,
     "uniform": replace(DEFAULT, prioritized=False),
+    "redis": replace(DEFAULT, replay="redis"),
     # The paper: 360 actors with one copy each. As many processes as a computer has cores here.
     "paper": Config(
         env_id="ALE/Pong-v5",
@@ -179,6 +199,7 @@ PRESETS = {
         updates_per_call=1,
         broadcast_period=25,
         target_period=2_500,
+        n_step=3,
         optimizer="rmsprop",
         learning_rate=2.5e-4 / 4,
         optimizer_epsilon=1.5e-7,
@@ -198,18 +219,6 @@ SMALLEST_PRIORITY = 1e-6
 """Added to |TD error|, so that nothing is never drawn again."""
 
 
-class Report(NamedTuple):
-    """What the driver learns of a chunk; the transitions go to the replay memory."""
-
-    env_steps: int
-    items: int
-    """Transitions made."""
-    wire_bytes: int
-    episodes: list[Episode]
-    """Of the copies that explore least."""
-    metrics: dict[str, float]
-
-
 class Actor(Alive):
     """Plays, and says what its experience is worth.
 
@@ -218,22 +227,28 @@ class Actor(Alive):
         index: its place.
         born: how many actors were in this place before (they died): a new one draws anew.
         metered: report where the time went (of the wall, so never on a virtual clock).
+        memory: a client of the replay memory, if that is on a server.
     """
 
-    def __init__(self, config: Config, index: int, born: int = 0, metered: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        index: int,
+        born: int = 0,
+        metered: bool = False,
+        memory: Memory | None = None,
+    ) -> None:
         torch.set_num_threads(1)
         seed = place_seed(config.seed, index, born)
-        self.config, self.rng = config, np.random.default_rng([seed, 1])
+        self.config, self.memory, self.rng = config, memory, np.random.default_rng([seed, 1])
         self.envs = make_envs(config.env_id, config.num_envs, seed)
         self.flat = Flat(network := make_network(config, self.envs))
         self.forward = numpy_action_values(network) or (lambda seen: action_values(network, seen))
         self.trail = Trail(config.n_step, config.discount)
-        ladder = epsilon_ladder(
-            config.all_envs, base=config.epsilon_base, alpha=config.epsilon_alpha
-        )
-        self.epsilon = ladder[config.places(index)]
-        least = config.all_envs - max(1, round(config.scored_fraction * config.all_envs))
-        self.scored = config.places(index) >= least
+        base, alpha, copies = config.epsilon_base, config.epsilon_alpha, config.all_envs
+        ladder = epsilon_ladder(copies, base=base, alpha=alpha)
+        self.epsilon = ladder[index :: config.num_actors]  # every actor has all kinds
+        self.scored = self.epsilon <= ladder[-max(1, round(config.scored_fraction * copies))]
         self.meter = Meter(metered)
         self.meter.watch(self.envs, "transition", "env")
         self.meter.watch(self, "values", "inference")
@@ -254,7 +269,7 @@ class Actor(Alive):
         episodes = [one for one in self.envs.episodes() if self.scored[one.env]]
         metrics = {"q_mean": q_mean, **self.meter.fractions()}
         items = 0 if made is None else len(made.items.r_t)
-        return Report(env_steps, items, wire, episodes, metrics), made
+        return Report(env_steps, items, wire, episodes, metrics), handed_on(made, self.memory)
 
     def make(self, q: np.ndarray | None) -> Made | None:
         """The transitions that are complete, with |R + γⁿ max Q − Q| by the Q-values of acting;
@@ -286,12 +301,12 @@ class Actor(Alive):
 class Learner(ReplayLearner):
     """Fits the online network to targets that the target network makes."""
 
-    def __init__(self, config: Config, metered: bool = False) -> None:
+    def __init__(self, config: Config, metered: bool = False, memory: Memory | None = None) -> None:
         torch.set_num_threads(config.torch_threads)
         envs = make_envs(config.env_id, 1, config.seed)
         self.online, self.target = make_network(config, envs), make_network(config, envs)
         flat, flat_target = Flat(self.online), Flat(self.target)
-        super().__init__(flat, flat_target, make_optimizer(config, flat), config, metered)
+        super().__init__(flat, flat_target, make_optimizer(config, flat), config, metered, memory)
 
     def update(self, batch: Part) -> tuple[np.ndarray, dict[str, float]]:
         """One step of the optimiser on a batch: (new priorities `[N]`, metrics)."""
@@ -303,7 +318,7 @@ class Learner(ReplayLearner):
                 sample.probabilities,
                 size=batch.size,
                 exponent=config.importance_exponent,
-                smallest=batch.smallest if config.weight_normalization == "buffer" else None,
+                smallest=batch.smallest if config.finds_smallest else None,
             )
         sample = sample._replace(weights=weights.astype(np.float32))
         networks, limit = (self.online, self.target), config.max_gradient_norm
@@ -324,68 +339,41 @@ def turn(flow: ReplayFlow) -> Turn:
     return flow.first()
 
 
-def book(run: Run, turns: list[Turn], flow: ReplayFlow) -> None:
-    """Enters what turns brought into the run's books."""
-    config, extra = run.config, run.extra
-    for asked, metrics in turns:
-        if isinstance(asked, Update):
-            if metrics is None:
-                continue
-            extra["samples"] = extra.get("samples", 0) + flow.rows
-            extra["wire_bytes"] = extra.get("wire_bytes", 0) + flow.rows * row_bytes(config)
-            metrics["replay_ratio"] = extra["samples"] / max(run.env_steps, 1)
-            metrics["bytes_per_env_step"] = extra["wire_bytes"] / max(run.env_steps, 1)
-            run.record(env_steps=0, learner_steps=config.updates_per_call, metrics=metrics)
-        elif asked.report is not None:
-            env_steps, _, wire, episodes, metrics = asked.report
-            extra["wire_bytes"] = extra.get("wire_bytes", 0) + wire
-            run.record(env_steps=env_steps, episodes=episodes, metrics=metrics)
+def make_flow(
+    runtime: Runtime, config: Config, parameters: np.ndarray, replay: Replay
+) -> ReplayFlow:
+    """Actors and learner on a runtime, and the flow between them and the replay memory."""
+    rows = config.unroll_length * config.num_envs
+    sizes: dict[str, Any] = {"report": Report(rows, rows, 0, [], {}), "chunk_rows": rows}
+    sizes |= {"made_bytes": rows * item_bytes(config)}
+    sizes |= {"forwards": config.unroll_length + config.prioritized}
+    return remote_flow(runtime, Actor, Learner, replay, config, parameters, **sizes)
 
 
-def make_flow(runtime: Runtime, config: Config, parameters: np.ndarray) -> ReplayFlow:
-    """Actors, learner and replay memory on a runtime, and the flow between them."""
-    rows, replay = config.unroll_length * config.num_envs, make_replay(runtime, config)
-    return remote_flow(
-        runtime,
-        Actor,
-        Learner,
-        replay,
-        config,
-        parameters,
-        report=Report(rows, rows, 0, [], {}),
-        made_bytes=rows * row_bytes(config),
-        chunk_rows=rows,
-        forwards=config.unroll_length + config.prioritized,
-    )
+def open_replay(
+    runtime: Runtime, config: Config, memory: Memory | None = None
+) -> AbstractContextManager[Replay]:
+    """The replay memory; ValueError if what it may hold can never fit into this one's."""
+    capacity = config.replay_capacity
+    require_memory("replay_capacity", capacity, item_bytes(config), f"of {config.env_id}")
+    return opened(runtime, config, config.memory_settings, example(config), memory)
 
 
-def make_replay(runtime: Runtime, config: Config) -> Replay:
-    """The shards; ValueError if what they may hold can never fit into memory."""
-    shards, row = config.num_replays, row_bytes(config)
-    require_memory("replay_capacity", config.replay_capacity, row, f"of {config.env_id}")
-    sizes = {"seed": config.seed, "batch": config.batch_size, "row_bytes": row}
-    return ShardedReplay(runtime, memory_settings(config), shards, **sizes)
+def example(config: Config) -> Transition:
+    """An item of the replay memory."""
+    seen, one = make_envs(config.env_id, 1, 0).env_output.observation[0], np.float32(0)
+    return Transition(seen, np.int64(0), one, one, seen)
 
 
-def memory_settings(config: Config) -> MemorySettings:
-    """Of one shard."""
-    return MemorySettings(
-        config.replay_capacity // config.num_replays,
-        config.prioritized,
-        config.priority_exponent,
-        config.weight_normalization == "buffer",
-    )
-
-
-def row_bytes(config: Config) -> int:
-    """Bytes of a transition, with key, priority and weight."""
-    return 2 * make_envs(config.env_id, 1, 0).env_output.observation.nbytes + 16 + 24
+def item_bytes(config: Config) -> int:
+    """Of a transition, with priority."""
+    return tree_nbytes(example(config)) + 8
 
 
 def units_of_work(config: Config) -> dict[str, Callable[[], object]]:
     """What `Cluster.measure` times, so that a virtual cluster is made of this computer's parts."""
     actor, learner, actions = Actor(config, 0), Learner(config), np.zeros(config.num_envs, int)
-    shard = MemoryShard(memory_settings(config), config.seed)
+    shard = MemoryShard(config.memory_settings, config.seed)
     q, step = actor.values(), actor.envs.transition(actions)
     steps, rows = config.unroll_length + config.n_step - 1, config.batch_size
 
@@ -431,28 +419,34 @@ def load_policy(config: Config, parts: dict[str, Any]) -> GreedyPolicy:
     return GreedyPolicy(network)
 
 
-def train(config: Config, runtime: Runtime | None = None) -> Result:
+def train(config: Config, runtime: Runtime | None = None, memory: Memory | None = None) -> Result:
     """Actors play, the learner learns, until the run is over.
 
     Args:
         config: settings.
         runtime: an open one to run on; by default one of its own, as `config` says.
+        memory: with "redis", a client of a memory on a server that runs already, and goes on to
+            run; by default a server is started for the run.
     """
     torch.set_num_threads(config.torch_threads)
     own = own_runtime(config, config.num_actors + config.num_replays + 1, COSTS)
-    with own if runtime is None else nullcontext(runtime) as rt:
+    with (
+        own if runtime is None else nullcontext(runtime) as rt,
+        open_replay(rt, config, memory) as replay,
+    ):
         network = make_network(config, make_envs(config.env_id, 1, config.seed))
         vector = Flat(network).vector.numpy()
-        flow = make_flow(rt, config, vector)
+        flow = make_flow(rt, config, vector, replay)
         policy = LivePolicy(GreedyPolicy(network), lambda: np.copyto(vector, flow.parameters()))
+        entry = flow, item_bytes(config), 1
         with Run("apex", config, policy, flow.parts, lambda: rt.now, checkpoints="asked") as run:
-            run.extra["replay_nbytes"] = flow.replay.nbytes
+            run.extra["replay_nbytes"] = replay.nbytes
             while run.running():
-                book(run, [turn(flow)], flow)
+                book(run, [turn(flow)], *entry)
                 if run.checkpoint_due():
-                    book(run, flow.drain(), flow)
+                    book(run, flow.drain(), *entry)
                     run.checkpoint()
-            book(run, flow.drain(), flow)
+            book(run, flow.drain(), *entry)
             policy.initial_state(1)
         run.trace(rt.timeline())
     policy.refresh = None  # nobody is left to ask

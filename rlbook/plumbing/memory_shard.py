@@ -67,6 +67,15 @@ class Made(NamedTuple):
     priorities: Any = None
 
 
+def handed_on(made: Made | None, memory: Memory | None) -> Made | None:
+    """What an actor answers: what it made, or, where it is a client of a memory, None: then it has
+    stored that by itself.
+    """
+    if memory is not None and made is not None:
+        memory.add(*made)
+    return made if memory is None else None
+
+
 class Part(NamedTuple):
     """The rows of a batch that one shard gives, or, joined, all of them."""
 

@@ -158,12 +158,14 @@ class ReplayFlow:
         return Turn(asked)
 
     def drain(self) -> list[Turn]:
-        """Waits for all that is in flight. Then every actor is free, and begins with the weights
-        of that moment.
+        """Waits for all that is in flight; with "sync" what is owed is learnt too. Then every actor
+        is free, and begins with the weights of that moment.
         """
         turns = []
-        while self.in_flight:
-            turns.append(self.first())
+        while self.in_flight or self.waits and self.may_learn():
+            if not self.in_flight:
+                self.learn()
+            turns += [self.first()] if self.in_flight else []
         self.actors.settle()
         self.replay.mend()
         self._begin()
@@ -261,8 +263,9 @@ def remote_flow(
 
     Args:
         runtime: where they live; on real processes they measure where their time goes.
-        actor: class with ``play(weights) -> (report, made)``.
-        learner: a `ReplayLearner`.
+        actor: class with ``play(weights) -> (report, made)``, made from (config, place, how many
+            died there, metered, and a client of the memory if there is one).
+        learner: a `ReplayLearner`, made from (config, metered, likewise a client).
         replay: where experience goes.
         config: of the system, as `ReplayFlow` has it, with `unroll_length` (T), `num_actors`,
             `samples_per_insert`, `learning_starts` and `rate_tolerance` (see `RateLimiter`).
@@ -273,6 +276,7 @@ def remote_flow(
         forwards: passes of the network for a chunk.
     """
     metered, k = isinstance(runtime, RayRuntime), config.updates_per_call
+    client = () if replay.memory is None else (replay.memory,)
     actors = runtime.remote(
         actor,
         costs={"play": {"env_step": config.unroll_length, "inference": forwards, "fold": 1}},
@@ -287,10 +291,10 @@ def remote_flow(
     )
 
     def make_actor(place: int, born: int) -> Any:
-        return actors.remote(config, place, born, metered)
+        return actors.remote(config, place, born, metered, *client)
 
     fleet = Fleet(runtime, make_actor, config.num_actors, "play")
     tolerance = 0 if config.update_rule == "sync" else config.rate_tolerance
     limiter = RateLimiter(config.samples_per_insert, config.learning_starts, tolerance)
-    one = learners.remote(config, metered)
+    one = learners.remote(config, metered, *client)
     return ReplayFlow(runtime, fleet, one, replay, limiter, chunk_rows, config)

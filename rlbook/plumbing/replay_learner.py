@@ -4,10 +4,12 @@
                                                                 │
                                                                 └──► weights, if it is time
 
-A system says what an update is; here is what travels.
+A system says what an update is; here is what travels. Where the learner is a client of the memory
+it draws by itself, the next draw while it learns from this one, and sends the priorities itself.
 """
 
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -27,8 +29,10 @@ class ReplayLearner(Alive):
         online: the parameters that are learnt, and their gradients.
         target: of an equal network.
         optimizer: of `online.vector`.
-        config: of the system, with `updates_per_call`, `broadcast_period` and `seed`.
+        config: of the system, with `updates_per_call`, `batch_size`, `calls_in_flight`,
+            `broadcast_period`, `seed` and, if it knows that, `finds_smallest` (see `Part`).
         metered: report how long it had no work (of the wall, so never on a virtual clock).
+        memory: a client; None where draws are brought.
     """
 
     def __init__(
@@ -38,12 +42,16 @@ class ReplayLearner(Alive):
         optimizer: torch.optim.Optimizer,
         config: Any,
         metered: bool = False,
+        memory: Any = None,
     ) -> None:
         self.flat, self.flat_target, self.optimizer = online, target, optimizer
         self.config, self.metered = config, metered
         self.rng, self.updates = np.random.default_rng([config.seed, 3]), 0
         target.vector.copy_(online.vector)
         self._ended_at = time.perf_counter()
+        self.memory = memory
+        self._reader = None if memory is None else ThreadPoolExecutor(1)
+        self._next: Future[Part] | None = None
 
     def update(self, batch: Part) -> tuple[np.ndarray, dict[str, float]]:
         """One update: new priorities `[rows]`, and metrics. Adds 1 to `updates`."""
@@ -53,7 +61,8 @@ class ReplayLearner(Alive):
         """All updates of a draw: metrics (means), weights for actors or None, each shard's
         priorities.
         """
-        began, before, draw = time.perf_counter(), self.updates, whole(parts)
+        draw = whole(parts) if self.memory is None else self._drawn()
+        began, before = time.perf_counter(), self.updates
         assert draw.sample is not None
         priorities, found = np.empty(len(draw.sample.keys)), []
         for rows in self._dealt(len(priorities)):
@@ -63,6 +72,8 @@ class ReplayLearner(Alive):
         means = {name: float(np.mean([one[name] for one in found])) for name in found[0]}
         period = self.config.broadcast_period
         weights = self.newest() if self.updates // period > before // period else None
+        if self.memory is not None:
+            self.memory.update_priorities(draw.sample.keys, priorities)
         return means | self._idle(began), weights, *shares(parts, priorities)
 
     def newest(self) -> Vector:
@@ -78,10 +89,24 @@ class ReplayLearner(Alive):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state_dict`."""
+        self._next = None
         np.copyto(self.flat.vector.numpy(), state["online"])
         np.copyto(self.flat_target.vector.numpy(), state["target"])
         self.updates, self.rng.bit_generator.state = state["updates"], state["rng"]
         self.optimizer.load_state_dict(state["optimizer"])
+
+    def _drawn(self) -> Part:
+        """A draw of our own; with more than one call in flight the next one is begun."""
+        rows = self.config.batch_size * self.config.updates_per_call
+        finds = getattr(self.config, "finds_smallest", False)
+
+        def draw() -> Part:
+            return self.memory.part(rows, finds_smallest=finds)
+
+        part, self._next = draw() if self._next is None else self._next.result(), None
+        if self._reader is not None and self.config.calls_in_flight > 1:
+            self._next = self._reader.submit(draw)
+        return part
 
     def _dealt(self, size: int) -> np.ndarray:
         """Rows of each batch. Neighbours come from neighbouring strata of the draw: one of each k

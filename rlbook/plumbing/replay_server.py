@@ -46,6 +46,9 @@ class Replay(Protocol):
     An actor makes a `Made`, or, where it is a client of the memory, adds by itself and makes None.
     """
 
+    memory: Any
+    """A client of the memory, for each actor and the learner; None where data goes by here."""
+
     @property
     def parts(self) -> int:
         """Of each draw: R, or 0 where the learner draws by itself."""
@@ -189,6 +192,8 @@ class ShardedReplay:
         batch: rows that "sample" and "update" are the cost of.
         row_bytes: of an item, for hollow runs.
     """
+
+    memory = None
 
     def __init__(
         self,
