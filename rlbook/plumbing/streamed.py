@@ -1,0 +1,250 @@
+"""A whole system on streams: workers in processes of their own, one server, one learner, here.
+
+    Crew of workers ──rows──► StreamServer's thread: Central ──finished──► this thread: learner
+                   ◄─actions─    acts with the newest ◄────── weights ─────┘
+
+The driver's thread learns; the server's thread acts. Both share this process, so that parameters go
+from one to the other by a copy in memory. A third thread sleeps on the workers' pipes: it sets them
+to play, and again when one has died or lost its stream, under a new run_id.
+"""
+
+import secrets
+import tempfile
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+from rlbook.parts.envs import Envs
+from rlbook.plumbing.central import Central, Finished, Turn, Update
+from rlbook.plumbing.crew import Crew, CrewError
+from rlbook.plumbing.inference import Inference
+from rlbook.plumbing.learner_group import Peer
+from rlbook.plumbing.stream_worker import Lost, play
+from rlbook.plumbing.streams import StreamServer, StreamSettings
+from rlbook.plumbing.timeline import DRIVER, KEPT, Timeline
+from rlbook.plumbing.transport import Schema
+
+LOOK_EVERY_S = 0.25
+"""How often the driver, while it waits for unrolls, looks whether somebody failed."""
+
+
+class StreamWorker:
+    """Plays on a stream, in a process of a crew. A system says which environments.
+
+    Args:
+        index: of the worker.
+        groups: copies that it steps in turn.
+    """
+
+    def __init__(self, index: int, groups: Sequence[Envs]) -> None:
+        self.index, self.groups = index, groups
+
+    def play(self, target: str, run_id: int, settings: StreamSettings) -> str | None:
+        """Until it shall rest: None, or why the stream broke."""
+        try:
+            play(target, self.index, run_id, self.groups, settings)
+        except Lost as lost:
+            return str(lost)
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The environments."""
+        return {"groups": [envs.state_dict() for envs in self.groups]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state_dict`."""
+        for envs, kept in zip(self.groups, state["groups"], strict=True):
+            envs.load_state_dict(kept)
+
+
+class Streamed:
+    """Workers, server and learner, as a run conducts them.
+
+    Args:
+        crew: entered; its objects are `StreamWorker`s.
+        server: entered; serves `central`.
+        learner: alone, in this thread.
+        config: of the system; see `Central`, and `unrolls_per_batch`.
+    """
+
+    def __init__(self, crew: Crew, server: StreamServer, learner: Peer, config: Any) -> None:
+        self.crew, self.server, self.learner, self.config = crew, server, learner, config
+        self.central = server.central
+        self.updates = 0
+        self._queue: deque[Finished] = deque()
+        self._stray = 0
+        self._timeline = Timeline()
+        self._failure: BaseException | None = None
+        self._lanes = [self._timeline.number(who) for who in (DRIVER, "Learner 0")]
+        self._words = [self._timeline.number(what) for what in ("wait", "update")]
+        self._runs, self._lost = [0] * crew.size, 0
+        self._watcher: threading.Thread | None = None
+        self._born = list(crew.born)
+        self.central.inference.load(learner.weights())
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint holds, when all rest."""
+        return {"streams": self, "crew": self.crew, "inference": self.central.inference}
+
+    @property
+    def now(self) -> float:
+        """The wall's clock."""
+        return self.crew.now
+
+    @property
+    def dropped(self) -> int:
+        """Unrolls that nobody learnt from."""
+        return self.central.dropped + self._stray
+
+    def pull(self) -> Any:
+        """The parameters `[P]` after all updates so far."""
+        return self.learner.newest().values
+
+    def turn(self, env_steps: int) -> list[Turn]:
+        """Waits for a batch of unrolls and learns from it."""
+        if self._watcher is None:
+            self._play()
+        begun = time.monotonic()
+        while len(self._queue) < self.config.unrolls_per_batch:
+            self._queue.append(self._take())
+        self._note(0, begun)
+        return self._learn(env_steps)
+
+    def drain(self, env_steps: int) -> list[Turn]:
+        """All workers rest; what fills a batch is learnt from."""
+        turns: list[Turn] = []
+        if self._watcher is not None:
+            self.server.soon(self.central.rest)
+            self._watcher.join()
+            self._watcher = None
+            while not self.central.finished.empty():
+                self._queue.append(self.central.finished.get())
+            while len(self._queue) >= self.config.unrolls_per_batch:
+                turns += self._learn(env_steps)
+            self._stray += len(self._queue)
+            self._queue.clear()
+        if self._failure is not None:
+            raise self._failure
+        return turns
+
+    def timeline(self) -> Timeline:
+        """Who worked on what: learner and driver here, the server's acting, the workers' plays."""
+        shift = self.crew.now - time.monotonic()
+        spans = [*self._timeline, *self.central.timeline]
+        moved = [(who, what, start + shift, end + shift) for who, what, start, end in spans]
+        return Timeline.of([*moved, *self.crew.timeline()])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts, the learner, and which life each worker lives."""
+        state = {"learner": self.learner.state_dict(), "updates": self.updates}
+        return state | {"runs": list(self._runs), "dropped": self.dropped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state_dict`."""
+        self.learner.load_state_dict(state["learner"])
+        self.updates, self._runs = state["updates"], list(state["runs"])
+        self._stray = state["dropped"] - self.central.dropped
+        self.central.inference.load(self.learner.weights())
+
+    def _take(self) -> Finished:
+        while True:
+            if self._failure is not None:
+                raise self._failure
+            try:
+                return self.central.finished.get(timeout=LOOK_EVERY_S)
+            except Empty:
+                pass
+
+    def _learn(self, env_steps: int) -> list[Turn]:
+        """One update on the oldest unrolls."""
+        batch = [self._queue.popleft() for _ in range(self.config.unrolls_per_batch)]
+        places, waits = [one.place for one in batch], self.config.update_rule == "sync"
+        if waits:
+            batch.sort(key=lambda one: one.place)
+        else:
+            self.central.release(places)
+        begun = time.monotonic()
+        metrics, weights = self.learner.update((env_steps,), *[one.unroll for one in batch])
+        self._note(1, begun)
+        self.central.release(places if waits else [], weights)
+        update = Update(batch, lags_of(batch, self.updates))
+        self.updates += 1
+        return [*(Turn(one) for one in batch), Turn(update, metrics)]
+
+    def _play(self) -> None:
+        """All workers play, and a thread sees to it that they go on."""
+        self.central.begin()
+        for index in range(self.crew.size):
+            self._ask(index)
+        self._watcher = threading.Thread(target=self._see_to_workers, name="workers", daemon=True)
+        self._watcher.start()
+
+    def _ask(self, index: int) -> None:
+        self.crew.ask(index, "play", self.server.target, self._runs[index], self.server.settings)
+
+    def _see_to_workers(self) -> None:
+        try:
+            while self.crew.in_flight():
+                answer = self.crew.first()
+                if answer is not None and answer[1] is None:
+                    continue  # it rests
+                if answer is not None:  # it lives, but its stream broke
+                    self._lost += 1
+                    if self._lost > 10 * self.crew.size:
+                        raise CrewError(f"worker {answer[0]} lost its stream: {answer[1]}")
+                    self._runs[answer[0]] += 1
+                for index, born in enumerate(self.crew.born):
+                    if born != self._born[index]:
+                        self._born[index] = born
+                        self._runs[index] += 1
+                    if not self.crew.in_flight(index) and not self.central.resting:
+                        self._ask(index)
+        except BaseException as error:
+            self._failure = error
+
+    def _note(self, which: int, begun: float) -> None:
+        self._timeline.add(self._lanes[which], self._words[which], begun, time.monotonic())
+        if len(self._timeline) > 10 * KEPT:
+            self._timeline.forget(5 * KEPT)
+
+
+def lags_of(batch: Sequence[Finished], updates: int) -> Counter[int]:
+    """Updates between the parameters at each step and the update that learns from it → steps."""
+    return Counter(int(updates - version) for one in batch for version in one.versions)
+
+
+def streamed(
+    stack: ExitStack,
+    worker: type[StreamWorker],
+    inference: Inference,
+    schema: Schema,
+    learner: Peer,
+    config: Any,
+    settings: StreamSettings,
+) -> Streamed:
+    """All of it, until the `stack` is closed.
+
+    Args:
+        stack: closes server and workers.
+        worker: class of the workers, made with (config, index, how many died in this place).
+        inference: acts.
+        schema: of workers' rows.
+        learner: learns.
+        config: of the system, with `wiring`: "unix" for a socket in a folder of its own, else
+            `address` is listened at.
+        settings: of the streams; a token is added.
+    """
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="seed-"))
+    address = f"unix:{Path(folder) / 'socket'}" if config.wiring == "unix" else config.address
+    settings = replace(settings, token=settings.token or secrets.token_bytes(16))
+    server = StreamServer(Central(inference, config), schema, address, settings)
+    stack.enter_context(server)
+    crew = Crew(worker, lambda index, born: (config, index, born), config.num_workers)
+    return Streamed(stack.enter_context(crew), server, learner, config)
