@@ -147,26 +147,13 @@ class RedisMemory(Generic[ItemsT]):
             ValueError: the memory is empty, or a number is out of range.
             RuntimeError: nobody answers.
         """
-        draws = self._rng.random(positive_int("batch_size", batch_size))
-        exponent = self.importance_exponent if importance_exponent is None else importance_exponent
-        size, total, data = self._call("sample", draws.astype("<f8").tobytes())
-        if not size:
-            raise ValueError("cannot sample: the replay is empty")
-        records = np.frombuffer(data, self._record)
-        keys = records["key"].astype(np.int64)
-        return drawn(
-            self._rows.unpack(records["row"]),
-            keys,
-            np.ascontiguousarray(records["leaf"]),
-            total=_number(total),
-            size=size,
-            exponent=exponent,
-        )
+        return self._draw(batch_size, importance_exponent)[0]
 
     def part(self, rows: int, *, finds_smallest: bool = False) -> Part:
         """A draw of so many rows as a learner wants it; with the smallest P(i) of all, if asked."""
-        smallest = self.smallest_priority / (self.total_priority or 1.0) if finds_smallest else 0.0
-        return Part(self.sample(rows), len(self), smallest)
+        sample, size, total = self._draw(rows, None)
+        smallest = self.smallest_priority / (total or 1.0) if finds_smallest else 0.0
+        return Part(sample, size, smallest)
 
     def update_priorities(self, keys: ArrayLike, priorities: ArrayLike) -> int:
         """Give items `keys` `[N]` the `priorities` `[N]`; of equal keys the last one counts.
@@ -235,6 +222,20 @@ class RedisMemory(Generic[ItemsT]):
     def _scaled(self, priorities: ArrayLike, size: int) -> tuple[Any, float]:
         exponent, most = self.priority_exponent, self._largest
         return scaled_priorities(priorities, size=size, exponent=exponent, most=most)
+
+    def _draw(
+        self, batch_size: int, importance_exponent: float | None
+    ) -> tuple[Sample[ItemsT], int, float]:
+        """A batch, the items there are and Σ p^α, all of one moment."""
+        draws = self._rng.random(positive_int("batch_size", batch_size))
+        exponent = self.importance_exponent if importance_exponent is None else importance_exponent
+        size, number, data = self._call("sample", draws.astype("<f8").tobytes())
+        if not size:
+            raise ValueError("cannot sample: the replay is empty")
+        records, total = np.frombuffer(data, self._record), _number(number)
+        keys, leaves = records["key"].astype(np.int64), np.ascontiguousarray(records["leaf"])
+        items = self._rows.unpack(records["row"])
+        return drawn(items, keys, leaves, total=total, size=size, exponent=exponent), size, total
 
     def _add(self, count: int, data: memoryview, scaled: Any, start: int) -> int:
         """The first key of one piece."""

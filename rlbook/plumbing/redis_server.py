@@ -7,9 +7,10 @@
 What survives depends on `persistence` alone:
 
     "none"      nothing: the memory is empty after a restart
-    "everysec"  a killed server loses nothing that it had answered to (the log was written, the
-                system holds it); a machine that loses power loses about its last second or two
-    "always"    nothing that was answered is ever lost: the log is on the disk before the answer
+    "everysec"  all but, at worst, the last two seconds. Redis writes its log before it answers and
+                has it put on the disk once a second; what was written survives a killed server, but
+                not a machine that loses power, and where the disk lags it writes later, too
+    "always"    all that was answered: the log is on the disk before the answer
 
 Redis is a process of the system's package `redis-server`, version 6.2 or newer.
 """
