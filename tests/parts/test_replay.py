@@ -86,6 +86,34 @@ def test_rounding_never_leads_to_an_empty_leaf() -> None:
         assert (tree.get(tree.find(np.concatenate((ends, np.nextafter(ends, 0))))) > 0).all()
 
 
+@pytest.mark.parametrize("capacity", [1000, 8192, 20_000, 70_001])
+def test_a_deep_tree_finds_what_running_sums_find(capacity: int) -> None:
+    """Above 1,024 leaves there are levels to walk, above 8,192 levels that `set` keeps itself."""
+    rng, tree, naive = np.random.default_rng(capacity), SumTree(capacity), np.zeros(capacity)
+    for size in (capacity, 1, 32, 700, 0, 32):
+        leaves = rng.integers(capacity, size=size)
+        values = rng.integers(0, 4, size).astype(np.float64)  # integers: every sum is exact
+        tree.set(leaves, values)
+        naive[leaves] = values
+        ends = np.cumsum(naive)
+        for x in (rng.random(300) * ends[-1], np.sort(rng.integers(0, int(ends[-1]), 300))):
+            assert tree.find(x).tolist() == np.searchsorted(ends, x, side="right").tolist()
+        tree.check_valid()
+        assert tree.total == ends[-1] and tree.get(range(capacity)).tolist() == naive.tolist()
+
+
+def test_a_million_updates_leave_no_error_behind() -> None:
+    rng, tree, naive = np.random.default_rng(0), SumTree(20_000), np.zeros(20_000)
+    for _ in range(250):
+        leaves = rng.integers(20_000, size=4_000)
+        values = 10.0 ** rng.uniform(-12, 12, 4_000)  # large ones that go would leave errors
+        tree.set(leaves, values)
+        naive[leaves] = values
+    tree.set(np.arange(20_000), small := rng.random(20_000) * 1e-9)
+    assert tree.total == pytest.approx(math.fsum(small), rel=1e-13)
+    tree.check_valid()
+
+
 def test_sum_tree_refuses_and_then_is_as_before() -> None:
     tree = SumTree(6)
     tree.set([0, 5], [1.0, 2.0])
