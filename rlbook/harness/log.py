@@ -34,6 +34,8 @@ METRICS = {
     "q_mean": "mean of max_a Q(x, a) over the observations x that the actor met",
     "policy_lag_mean": "mean number of updates between the parameters that acted and the update",
     "policy_lag_max": "largest number of the same updates",
+    "priority_lag_mean": "mean number of updates between the draw of a batch and its own",
+    "priority_lag_max": "largest number of the same updates",
     "staleness_mean": "mean number of versions of the server between pull and apply",
     "staleness_max": "largest number of the same versions",
     "gradients_rejected": "part of the gradients that the server refused, as stale or as outliers",

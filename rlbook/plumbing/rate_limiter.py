@@ -53,9 +53,11 @@ class RateLimiter:
         """`rows` are drawn."""
         self.drawn += rows
 
-    def may_insert(self, begun: float) -> bool:
-        """Whether somebody may begin to make more rows, while `begun` rows are on their way."""
-        if self.samples_per_insert is None or not self.inserted:
+    def may_insert(self, begun: float, size: int) -> bool:
+        """Whether somebody may begin to make more rows for a memory of `size` items, while `begun`
+        rows are on their way.
+        """
+        if self.samples_per_insert is None or size < self.min_size:
             return True
         return self.owed + self.samples_per_insert * begun <= self.tolerance
 

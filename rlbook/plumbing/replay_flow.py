@@ -4,11 +4,11 @@
     while flow.may_act():    flow.act()       whoever is free plays on, with the newest weights
     turn = flow.first()                       waits for whoever is first
 
-    in_flight: reference ──► Chunk (experience) or Update (a draw at the learner)
+    in_flight: reference ──► Chunk (experience), Stored, or Update (a draw at the learner)
 
-Back-pressure is the size of what is in flight: each actor has one chunk, the learner so many draws,
-of which all but one are being made and sent while it learns. A `RateLimiter` keeps acting and
-learning in step. Data goes by in references that nobody here opens.
+Back-pressure is the size of what is in flight: each actor has one chunk; as many may wait to be
+stored as there are actors; the learner has so many draws, of which all but one are being made and
+sent while it learns. A `RateLimiter` keeps acting and learning in step. Data goes by in references that nobody here opens.
 """
 
 from collections import deque
@@ -36,6 +36,13 @@ class Chunk(NamedTuple):
     """Of the actor, when it is finished: has `items`, how many it made."""
 
 
+class Stored(NamedTuple):
+    """A chunk on its way into the memory."""
+
+    actor: int
+    report: None = None
+
+
 class Update(NamedTuple):
     """A draw at the learner."""
 
@@ -47,9 +54,9 @@ class Update(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """What came: a chunk, or updates with their metrics."""
+    """What came: a chunk, word that one is stored, or updates with their metrics."""
 
-    asked: Chunk | Update
+    asked: Chunk | Stored | Update
     """A chunk has no report if its actor died."""
     metrics: dict[str, float] | None = None
     """None for a chunk, and for a draw of which a part was lost with its shard."""
@@ -92,10 +99,10 @@ class ReplayFlow:
         self.waits = config.update_rule == "sync"
         self.rows = config.batch_size * config.updates_per_call
         """Of a draw."""
-        self.in_flight: dict[Reference, Chunk | Update] = {}
+        self.in_flight: dict[Reference, Chunk | Stored | Update] = {}
         """Reference to a report or to metrics → what was asked."""
-        self.playing = self.learning = 0
-        """Chunks and updates in flight."""
+        self.playing = self.storing = self.learning = 0
+        """Chunks, chunks on their way into the memory, and updates in flight."""
         self.made = 0
         """Updates made so far."""
         self.weights: Reference | None = None
@@ -124,11 +131,11 @@ class ReplayFlow:
 
     def may_act(self) -> bool:
         """Whether somebody is free, and acting is not too far ahead of learning."""
-        if not self.free:
+        if not self.free or self.storing >= len(self.actors):
             return False
         if self.waits:
             return not (self.learning or self.finished or self.may_learn())
-        return self.limiter.may_insert(self.chunk_rows * self.playing)
+        return self.limiter.may_insert(self.chunk_rows * self.playing, len(self.replay))
 
     def act(self) -> None:
         """The next free actor begins a chunk."""
@@ -146,6 +153,10 @@ class ReplayFlow:
         if isinstance(asked, Update):
             self.learning -= 1
             return Turn(asked, self._learnt(reference, asked))
+        if isinstance(asked, Stored):
+            self.storing -= 1
+            self.replay.stored(reference)
+            return Turn(asked)
         self.playing -= 1
         asked = asked._replace(report=self.actors.answer(asked.actor, reference))
         self.finished.append(asked)
@@ -200,7 +211,10 @@ class ReplayFlow:
         """Hands on what an actor made, and lets it go on."""
         self.free.append(chunk.actor)
         if chunk.report is not None:
-            self.replay.add(chunk.made, chunk.report.items)
+            added = self.replay.add(chunk.made, chunk.report.items)
+            if added is not None:
+                self.in_flight[added] = Stored(chunk.actor)
+                self.storing += 1
             self.limiter.insert(self.chunk_rows, len(self.replay))
 
     def _learnt(self, reference: Reference, update: Update) -> dict[str, float] | None:

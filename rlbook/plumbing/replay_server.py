@@ -57,8 +57,13 @@ class Replay(Protocol):
     def nbytes(self) -> int:
         """Of all items, when full."""
 
-    def add(self, made: Reference, count: int) -> None:
-        """Hands on the `count` items that an actor made. Returns at once."""
+    def add(self, made: Reference, count: int) -> Reference | None:
+        """Hands on the `count` items that an actor made. Returns at once: a reference to wait for
+        before `stored` is called with it; None where they are stored already.
+        """
+
+    def stored(self, added: Reference) -> None:
+        """What `add` handed on is stored, or was lost with who should have stored it."""
 
     def sample(self, rows: int) -> Draw | None:
         """Draws so many rows from all shards together, by p^α / Σ p^α. Returns at once; None while
@@ -226,6 +231,8 @@ class ShardedReplay:
         """Items that each shard was given since it was made; how many died in its place."""
         self._reports: list[ShardReport | None] = [None] * shards
         self._kept: list[Reference | None] = [None] * shards
+        self._storing: dict[Reference, tuple[int, int]] = {}
+        """What `add` gave back → the shard, and how many had died in its place."""
         self._rng = np.random.default_rng([seed, 2])
         self.adds = 0
 
@@ -247,12 +254,25 @@ class ShardedReplay:
         """Σ p^α over all shards, by their newest reports."""
         return sum(report.total for report in self._reports if report is not None)
 
-    def add(self, made: Reference, count: int) -> None:
+    def add(self, made: Reference, count: int) -> Reference:
         """Hands a `Made` to the shard whose turn it is. Returns at once."""
         index = self.adds % len(self.shards)
         self.adds += 1
         self.held[index] += count
-        self._kept[index] = self.shards[index].keep.remote(made)
+        added = self._kept[index] = self.shards[index].keep.remote(made)
+        self._storing[added] = index, self.born[index]
+        return added
+
+    def stored(self, added: Reference) -> None:
+        """Takes the shard's report to the books; if it died, an empty one takes its place."""
+        index, born = self._storing.pop(added)
+        try:
+            report = self.runtime.get(added)
+        except ActorDiedError:
+            self.mend()
+            return
+        if born == self.born[index]:
+            self._reports[index] = report
 
     def sample(self, rows: int) -> Draw | None:
         """Rows of all shards. Waits only for the first report of a shard that is new."""
