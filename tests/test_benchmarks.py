@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,32 @@ def test_value_iteration(tmp_path: Path) -> None:
 
 def test_replay(tmp_path: Path) -> None:
     rows = written(replay, tmp_path)["rows"]
-    operations = [(row["what"], row["operation"]) for row in rows]
-    whole = [("replay: rlbook", name) for name in ("sample", "update", "add")]
-    assert operations == [("tree: rlbook", "update"), ("tree: rlbook", "sample"), *whole]
-    assert all(row["items/s"] == pytest.approx(replay.BATCH * row["batches/s"]) for row in rows)
+    made = [(row["what"], row["batch"], row["operation"]) for row in rows]
+    operations = ("update", "sample", replay.BOTH)
+    assert made[:9] == [
+        ("tree: rlbook", batch, operation) for batch in replay.BATCHES for operation in operations
+    ]
+    memories = ["this process"]
+    if shutil.which("redis-server"):
+        memories += [f"Redis, {kind}" for kind in ("none", "everysec", "always")]
+    assert made[9:] == [
+        (f"replay: {what}", replay.BATCH, operation)
+        for what in memories
+        for operation in ("add", "sample", "update")
+    ]
+    assert all(row["items/s"] == pytest.approx(row["batch"] * row["batches/s"]) for row in rows)
+
+
+def test_figures_of_replay_take_the_worst_row() -> None:
+    rows = [
+        {**replay.line("tree: rlbook", size, replay.BOTH, 1e-4), "× best peer": ratio}
+        for size, ratio in ((1 << 16, 6.0), (1 << 20, 4.5))
+    ]
+    rows += [replay.line("replay: shard on Ray", 1 << 16, "add", 512 / 250_000)]
+    rows += [replay.line("replay: shard on Ray", 1 << 16, "sample", 512 / 90_000)]
+    found = replay.figures(rows)
+    assert [line["measured"] for line in found] == pytest.approx([4.5, 250_000, 90_000, None])
+    assert [line["reached"] for line in found] == [False, True, False, False]
 
 
 def test_codecs(tmp_path: Path) -> None:
