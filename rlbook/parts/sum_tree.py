@@ -16,9 +16,8 @@ TOP = 1024
 WHOLE = 8192
 """Levels of at most so many nodes are added up whole: quicker than finding out what changed."""
 
-
-SIGN = np.int64(63)
-"""The bit of a float64 that says whether it is negative."""
+SIGN = np.array(63)
+"""The bit of a float64 that says whether it is negative. (An array: numpy need not make one.)"""
 
 
 class SumTree:
@@ -171,9 +170,10 @@ class SumTree:
             np.right_shift(signed, SIGN, out=signed)
             node += signed
         node -= 1
-        for lost in np.flatnonzero(self._nodes.take(node) == 0):  # rare: x was a hair too large
-            before = self._nodes[self._leaves : node[lost]]
-            node[lost] = self._leaves + np.flatnonzero(before)[-1]
+        if np.count_nonzero(self._nodes.take(node)) < len(node):  # rare: x was a hair too large
+            for lost in np.flatnonzero(self._nodes.take(node) == 0):
+                before = self._nodes[self._leaves : node[lost]]
+                node[lost] = self._leaves + np.flatnonzero(before)[-1]
         node -= self._leaves
         return node
 
