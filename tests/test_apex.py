@@ -1,5 +1,6 @@
 """Ape-X: reduction to DQN, priorities of actors, the ladder, rates, faults, checkpoints, Redis."""
 
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -452,6 +453,49 @@ def test_on_real_processes_it_learns_catch():
     names = {"Actor 0", "Actor 1", "MemoryShard 0", "MemoryShard 1", "Learner 0", "driver"}
     assert {span.who for span in result.spans} >= names
     assert 0 <= result.metrics["learner_idle_fraction"] <= 1
+
+
+# -- Redis -----------------------------------------------------------------------------------------
+
+needs_redis = pytest.mark.skipif(shutil.which("redis-server") is None, reason="no redis-server")
+
+
+@needs_redis
+def test_on_a_redis_server_of_its_own_it_learns_catch():
+    """Actors and learner speak to the server themselves: the driver sees neither rows nor keys."""
+    result = train(replace(CATCH, replay="redis"), cores=4)
+    assert result.evaluate(50).mean > 0.5
+    assert result.metrics["priority_lag_max"] == CATCH.updates_per_call
+    assert result.metrics["replay_size"] > 10_000
+
+
+@needs_redis
+@pytest.mark.parametrize("persistence", ["none", "always"])
+def test_a_redis_server_is_killed_and_training_goes_on_after_its_restart(persistence):
+    from rlbook.plumbing.redis_replay import RedisMemory
+    from rlbook.plumbing.redis_server import RedisServer
+
+    config = replace(CATCH, replay="redis", total_env_steps=6_000)
+    with RedisServer(persistence=persistence) as server:
+        memory = RedisMemory(server.settings, "run", 50_000, apex.example(config))
+        turn, held = apex.turn, []
+
+        def killing(flow):
+            if len(flow.replay) > 3_000 and not held:
+                held.append(len(memory))
+                server.kill()
+                server.start()
+                held.append(len(memory))
+            return turn(flow)
+
+        with pytest.MonkeyPatch.context() as patch, virtual(cores=4) as runtime:
+            patch.setattr(apex, "turn", killing)
+            result = apex.train(config, runtime, memory)
+        kept = held[0] if persistence == "always" else 0
+        assert held[0] > 3_000 and held[1] == kept
+        assert len(memory) == pytest.approx(kept + result.env_steps - 3_000, rel=0.1)
+    assert result.stopped_because == "total_env_steps"
+    assert result.learner_steps * 64 > 2.5 * result.env_steps - 4 * 500
 
 
 @pytest.mark.parametrize(

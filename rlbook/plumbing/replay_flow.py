@@ -8,7 +8,8 @@
 
 Back-pressure is the size of what is in flight: each actor has one chunk; as many may wait to be
 stored as there are actors; the learner has so many draws, of which all but one are being made and
-sent while it learns. A `RateLimiter` keeps acting and learning in step. Data goes by in references that nobody here opens.
+sent while it learns. A `RateLimiter` keeps acting and learning in step. Data goes by in references
+that nobody here opens.
 """
 
 from collections import deque
@@ -224,6 +225,8 @@ class ReplayFlow:
         except ActorDiedError:
             if not alive(self.runtime, self.learner):
                 raise
+            metrics = None
+        if metrics is None:
             self.replay.mend()
             return None
         lag = float(self.made - update.drawn_at)

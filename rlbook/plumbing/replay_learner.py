@@ -51,7 +51,7 @@ class ReplayLearner(Alive):
         self._ended_at = time.perf_counter()
         self.memory = memory
         self._reader = None if memory is None else ThreadPoolExecutor(1)
-        self._next: Future[Part] | None = None
+        self._next: Future[Part | None] | None = None
 
     def update(self, batch: Part) -> tuple[np.ndarray, dict[str, float]]:
         """One update: new priorities `[rows]`, and metrics. Adds 1 to `updates`."""
@@ -59,9 +59,11 @@ class ReplayLearner(Alive):
 
     def learn(self, *parts: Part) -> tuple[Any, ...]:
         """All updates of a draw: metrics (means), weights for actors or None, each shard's
-        priorities.
+        priorities. No metrics if there was nothing to draw: the server lost its memory.
         """
         draw = whole(parts) if self.memory is None else self._drawn()
+        if draw is None:
+            return None, None
         began, before = time.perf_counter(), self.updates
         assert draw.sample is not None
         priorities, found = np.empty(len(draw.sample.keys)), []
@@ -95,13 +97,18 @@ class ReplayLearner(Alive):
         self.updates, self.rng.bit_generator.state = state["updates"], state["rng"]
         self.optimizer.load_state_dict(state["optimizer"])
 
-    def _drawn(self) -> Part:
+    def _drawn(self) -> Part | None:
         """A draw of our own; with more than one call in flight the next one is begun."""
         rows = self.config.batch_size * self.config.updates_per_call
         finds = getattr(self.config, "finds_smallest", False)
 
-        def draw() -> Part:
-            return self.memory.part(rows, finds_smallest=finds)
+        def draw() -> Part | None:
+            try:
+                return self.memory.part(rows, finds_smallest=finds)
+            except ValueError:
+                if len(self.memory):
+                    raise
+                return None
 
         part, self._next = draw() if self._next is None else self._next.result(), None
         if self._reader is not None and self.config.calls_in_flight > 1:
