@@ -34,7 +34,8 @@ from benchmarks.common import (
 from rlbook.parts.replay import PrioritizedReplay, SumTree
 
 BATCH, BATCHES = 512, (32, 128, 512)
-COLUMNS = ("what", "leaves", "batch", "operation", "batches/s", "items/s", "× best peer")
+COLUMNS = ("what", "leaves", "batch", "operation", "batches/s", "items/s")
+RATIOS = ("× best peer", "× in process")
 BOTH = "update + sample"
 LEAST_RATIO, LEAST_ADDED, LEAST_SAMPLED, LEAST_REDIS = 5.0, 200_000.0, 100_000.0, 30_000.0
 
@@ -269,16 +270,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if options.worker == "memories":
         rows = memory("replay: this process", PrioritizedReplay(size), size, rounds, calls)
-        rows += on_redis(size, rounds, calls) + (
-            [] if options.quick else shard(size, rounds, calls)
-        )
+        here = {row["operation"]: row["batches/s"] for row in rows}
+        rows += on_redis(size, rounds, calls)
+        rows += [] if options.quick else shard(size, rounds, calls)
+        for row in rows:
+            row["× in process"] = row["batches/s"] / here[row["operation"]]
         print(json.dumps({"rows": rows}))
         return
     quick = ["--quick"] if options.quick else []
     peer = peers_available() and not options.quick
     rows = child(["benchmarks.replay", "--worker", "trees", *quick], peer=peer)["rows"]
     rows += child(["benchmarks.replay", "--worker", "memories", *quick])["rows"]
-    table("Sum trees and replay memories", rows, COLUMNS)
+    table("Sum trees and replay memories", rows, COLUMNS + RATIOS)
     targets = [] if options.quick else figures(rows)
     print_targets(targets)
     keep("replay", rows, targets, options)

@@ -11,7 +11,8 @@
 Drawing, new priorities and making room happen inside the server (redis_replay.lua): each is one
 round trip. The memory outlives every process that uses it, and, as far as the server's persistence
 promises (`rlbook.plumbing.redis_server`), the server itself: clients go on trying while it is
-restarted, and a call whose answer got lost is repeated without counting twice.
+restarted, and a call whose answer got lost is repeated without counting twice. One server, that is:
+a cluster of Redis would have to know all keys of the script beforehand.
 """
 
 from __future__ import annotations
@@ -306,7 +307,12 @@ class RedisMemory(Generic[ItemsT]):
                 return call()
             except (redis.AuthenticationError, redis.exceptions.AuthorizationError) as error:
                 raise RuntimeError(f"redis at {where} refuses the password: {error}") from error
-            except (redis.ConnectionError, redis.TimeoutError) as error:
+            except redis.exceptions.OutOfMemoryError as error:
+                raise RuntimeError(f"redis at {where} is full: {error}") from error
+            except (redis.ConnectionError, redis.TimeoutError, redis.ResponseError) as error:
+                busy = str(error).startswith("BUSY")  # with another client's call
+                if isinstance(error, redis.ResponseError) and not busy:
+                    raise RuntimeError(f"redis at {where}: {error}") from error
                 if time.monotonic() + wait > until:
                     raise RuntimeError(
                         f"redis at {where} has not answered for {self.settings.patience_s:g} s "
@@ -314,12 +320,6 @@ class RedisMemory(Generic[ItemsT]):
                     ) from error
                 time.sleep(wait)
                 wait = min(2 * wait, 0.5)
-            except redis.exceptions.OutOfMemoryError as error:
-                raise RuntimeError(f"redis at {where} is full: {error}") from error
-            except redis.ResponseError as error:
-                if "NOAUTH" in str(error) or "WRONGPASS" in str(error):
-                    raise RuntimeError(f"redis at {where} wants a password: {error}") from error
-                raise RuntimeError(f"redis at {where}: {error}") from error
 
 
 class RedisReplay:

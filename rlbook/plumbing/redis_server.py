@@ -12,7 +12,7 @@ What survives depends on `persistence` alone:
                 not a machine that loses power, and where the disk lags it writes later, too
     "always"    all that was answered: the log is on the disk before the answer
 
-Redis is a process of the system's package `redis-server`, version 6.2 or newer.
+The program is that of the system's package `redis-server`; the tests run with version 7.0.
 """
 
 from __future__ import annotations
