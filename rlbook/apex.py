@@ -93,7 +93,7 @@ class Config(RunConfig):
     """Transitions kept over all shards (2 M in the paper)."""
     learning_starts: int = 1_000
     """Transitions in replay before the first update (50 000 in the paper)."""
-    samples_per_insert: float | None = 4.0
+    samples_per_insert: float | None = 3.0
     """Transitions drawn for each that comes in (0.8 in the paper's runs, by its figures); those of
     rows on which an episode begins count too. None: nobody waits for anybody, as in the paper."""
     rate_tolerance: int = 4_000
@@ -207,8 +207,8 @@ PRESETS = {
     ),
 }
 
-COSTS = {"env_step": 12e-6, "inference": 20e-6, "fold": 0.2e-3, "add": 0.2e-3}
-COSTS |= {"sample": 0.1e-3, "learn": 0.7e-3, "update": 0.3e-3}
+COSTS = {"env_step": 30e-6, "inference": 18e-6, "fold": 0.11e-3, "add": 45e-6}
+COSTS |= {"sample": 45e-6, "learn": 0.7e-3, "update": 20e-6}
 """Seconds of a unit of work on the virtual cluster, where none are given: one step of 16 copies of
 CartPole, one forward pass of 16 rows, making transitions and priorities of a chunk of 400, storing
 them, drawing a batch of 128, one update with it, storing the priorities of a draw. `units_of_work`
@@ -353,9 +353,10 @@ def make_flow(
 def open_replay(
     runtime: Runtime, config: Config, memory: Memory | None = None
 ) -> AbstractContextManager[Replay]:
-    """The replay memory; ValueError if what it may hold can never fit into this one's."""
-    capacity = config.replay_capacity
-    require_memory("replay_capacity", capacity, item_bytes(config), f"of {config.env_id}")
+    """The replay memory; ValueError if what it may hold can never fit into this machine's."""
+    if memory is None:
+        rows, size = config.replay_capacity, item_bytes(config)
+        require_memory("replay_capacity", rows, size, f"of {config.env_id}")
     return opened(runtime, config, config.memory_settings, example(config), memory)
 
 

@@ -139,13 +139,15 @@ class ShardReport(NamedTuple):
     size: int
     total: float
     """Σ p^α; N where all are drawn alike."""
+    number: int = 0
+    """How many reports there were before: the driver may get an older one later."""
 
 
 class MemoryShard(Alive):
     """A memory in a process of its own."""
 
     def __init__(self, settings: MemorySettings, seed: int) -> None:
-        self.settings, self.memory = settings, settings.make(seed)
+        self.settings, self.memory, self.reports = settings, settings.make(seed), 0
 
     def keep(self, made: Made | None) -> ShardReport:
         """Stores what an actor made, if it made anything."""
@@ -174,15 +176,17 @@ class MemoryShard(Alive):
 
     def report(self) -> ShardReport:
         """How much there is."""
+        self.reports += 1
         size = len(self.memory)
-        if isinstance(self.memory, PrioritizedReplay):
-            return ShardReport(size, self.memory.total_priority)
-        return ShardReport(size, float(size))
+        prioritized = isinstance(self.memory, PrioritizedReplay)
+        total = self.memory.total_priority if prioritized else float(size)
+        return ShardReport(size, total, self.reports)
 
     def state_dict(self) -> dict[str, Any]:
         """Of the memory."""
-        return self.memory.state_dict()
+        return {"memory": self.memory.state_dict(), "reports": self.reports}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state_dict`."""
-        self.memory.load_state_dict(state)
+        self.memory.load_state_dict(state["memory"])
+        self.reports = state["reports"]

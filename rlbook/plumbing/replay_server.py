@@ -186,15 +186,15 @@ class ReplayServer:
 class ShardedReplay:
     """R shards that draw together as one memory would.
 
-    On a virtual cluster one `keep` costs an "add", `batch` rows a "sample", new priorities for so
-    many rows an "update".
+    On a virtual cluster one `keep` costs an "add", `batch` rows drawn a "sample", the priorities of
+    a whole draw an "update".
 
     Args:
         runtime: where they live.
         settings: of each shard's memory.
         shards: R.
         seed: of all draws; shard 0 draws as a memory in this process with that seed would.
-        batch: rows that "sample" and "update" are the cost of.
+        batch: rows that "sample" is the cost of.
         row_bytes: of an item, for hollow runs.
     """
 
@@ -221,7 +221,7 @@ class ShardedReplay:
             costs={
                 "keep": {"add": 1},
                 "draw": lambda rows, share: {"sample": rows / batch},
-                "correct": {"update": 1},
+                "correct": {"update": 1 / shards},
             },
             returns={"keep": full, "draw": drawn},
         )
@@ -272,7 +272,7 @@ class ShardedReplay:
             self.mend()
             return
         if born == self.born[index]:
-            self._reports[index] = report
+            self._note(index, report)
 
     def sample(self, rows: int) -> Draw | None:
         """Rows of all shards. Waits only for the first report of a shard that is new."""
@@ -293,7 +293,7 @@ class ShardedReplay:
         for index, shard in enumerate(self.shards):
             if draw.born[index] != self.born[index]:  # its keys were the dead one's
                 continue
-            self._reports[index] = self.runtime.get(draw.reports[index])
+            self._note(index, self.runtime.get(draw.reports[index]))
             if self.settings.prioritized:
                 shard.correct.remote(priorities[index])
 
@@ -329,6 +329,12 @@ class ShardedReplay:
 
     def _make(self, index: int, born: int) -> Any:
         return self._remote.remote(self.settings, place_seed(self.seed, index, born))
+
+    def _note(self, index: int, report: ShardReport) -> None:
+        """Keeps the newest."""
+        known = self._reports[index]
+        if known is None or report.number >= known.number:
+            self._reports[index] = report
 
     def _report(self, index: int) -> ShardReport | None:
         """The newest that is known of a shard; waits for its first."""

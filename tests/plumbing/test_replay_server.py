@@ -133,6 +133,17 @@ def test_a_total_that_changed_since_its_report_is_corrected_in_the_probabilities
     assert np.allclose(parts[0].sample.probabilities, 0.2 * 0.5)
 
 
+def test_the_newest_report_counts_whichever_comes_last():
+    with virtual() as runtime:
+        replay = ShardedReplay(runtime, SETTINGS, 1, seed=1)
+        replay.stored(replay.add(runtime.put(Made(Item(np.arange(2)), np.ones(2))), 2))
+        drawn = replay.sample(4)
+        replay.stored(replay.add(runtime.put(Made(Item(np.arange(3)), np.ones(3))), 3))
+        assert replay.total == 5
+        replay.update_priorities(drawn, [runtime.put(None)])  # with a report from before
+        assert replay.total == 5
+
+
 @pytest.mark.parametrize("prioritized", [True, False])
 def test_one_shard_draws_as_the_memory_of_chapter_03_does(prioritized):
     rows, errors = Item(np.arange(50)), np.linspace(0.1, 2, 50)
@@ -162,7 +173,7 @@ def test_priorities_go_to_the_shard_that_gave_the_rows():
         back = [runtime.put(one) for one in shares(parts, fresh)]
         replay.update_priorities(drawn, back)
         assert replay.mend() == 0  # and all is stored
-        held = [state["scaled_priorities"] for state in replay.state_dict()["shards"]]
+        held = [kept["memory"]["scaled_priorities"] for kept in replay.state_dict()["shards"]]
     expected = np.ones(8)
     expected[joined.sample.items.name] = fresh**0.6
     assert np.allclose(np.concatenate(held), expected)
@@ -194,7 +205,7 @@ def test_what_comes_back_for_a_shard_that_died_is_ignored():
         replay.add(runtime.put(Made(Item(np.arange(4)), np.ones(4))), 4)
         replay.update_priorities(drawn, back)
         assert replay.mend() == 0
-        shards = replay.state_dict()["shards"]
+        shards = [kept["memory"] for kept in replay.state_dict()["shards"]]
     assert (shards[1]["scaled_priorities"] == 1).all()
     assert (shards[0]["scaled_priorities"] > 1).sum() == len(set(parts[0].sample.keys))
 
