@@ -82,7 +82,7 @@ class Config(RunConfig):
     """"sync": a worker goes on when the update is made that its unroll went into."""
     unrolls_in_flight: int = 2
     """Unrolls of a group, begun or finished and not yet learnt from: what bounds the lag."""
-    unrolls_per_batch: int = 2
+    unrolls_per_batch: int = 1
     """Unrolls of one update."""
     updates_in_flight: int = 1
     """With calls: batches at the learners at once."""
@@ -104,7 +104,7 @@ class Config(RunConfig):
     """Over time and batch."""
     optimizer: Literal["rmsprop", "adam"] = "rmsprop"
     """RMSProp with ε inside the root, or Adam."""
-    learning_rate: float = 5e-3
+    learning_rate: float = 8e-3
     """η."""
     anneal_learning_rate: bool = False
     """η falls linearly to 0 over `total_env_steps`."""

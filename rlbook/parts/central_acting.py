@@ -65,11 +65,16 @@ class CentralSampler:
         self, observation: np.ndarray, first: np.ndarray, state: Memory
     ) -> tuple[np.ndarray, np.ndarray, Memory]:
         if state is not None:
-            seen, begins = torch.from_numpy(observation)[None], torch.from_numpy(first)[None]
-            h, c = map(torch.from_numpy, state)
+            seen, begins = _tensor(observation)[None], _tensor(first)[None]
+            h, c = map(_tensor, state)
             logits, value, (h, c) = self.network(seen, begins, (h, c))
             return logits[0].numpy(), value[0].numpy(), (h.numpy(), c.numpy())
         if self._forward is not None:
             return *self._forward(observation), None
-        logits, value = self.network(torch.from_numpy(observation))
+        logits, value = self.network(_tensor(observation))
         return logits.numpy(), value.numpy(), None
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    """Of the same memory, unless that is somebody else's (what came in a message)."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())

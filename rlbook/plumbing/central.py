@@ -25,7 +25,7 @@ from rlbook.parts.envs import Episode
 from rlbook.plumbing.inference import Inference, Request, Waiting, Who
 from rlbook.plumbing.learner_group import Vector
 from rlbook.plumbing.timeline import KEPT, Timeline
-from rlbook.plumbing.transport import Introduction, Refused, invalid
+from rlbook.plumbing.transport import ACTION, Introduction, Refused, invalid
 
 
 class Report(NamedTuple):
@@ -201,16 +201,8 @@ class Central:
 
     def _finish(self, place: int, unroll: Unroll, episodes: list[Episode]) -> None:
         self._untaken[place] += 1
-        env_steps = int(unroll.valid.sum())
-        outputs = unroll.env_outputs
-        # Each row came once, and its actions went back; the last row is in two unrolls.
-        wire = tree_nbytes(outputs) * (len(outputs.first) - 1) // len(outputs.first)
-        wire += 4 * unroll.agent_outputs.action.size
-        metrics = {"bytes_per_env_step": wire / max(env_steps, 1)}
-        if self.batches:
-            metrics["inference_batch_mean"] = _mean(self.batches)
-            self.batches.clear()
-        report = Report(env_steps, episodes, metrics)
+        report = report_of(unroll, episodes)
+        report.metrics.update(batch_metrics(self.batches))
         self.finished.put(Finished(place, unroll.version, unroll, report))
 
     def _note(self, rows: int, begun: float) -> None:
@@ -246,5 +238,19 @@ class Central:
         self.soon(self._begin)
 
 
-def _mean(counts: Counter[int]) -> float:
-    return sum(value * count for value, count in counts.items()) / sum(counts.values())
+def report_of(unroll: Unroll, episodes: list[Episode]) -> Report:
+    """What there is to say of an unroll."""
+    env_steps, outputs, steps = int(unroll.valid.sum()), unroll.env_outputs, len(unroll.valid)
+    # Each row came once (the last one is in two unrolls), and its actions went back.
+    wire = tree_nbytes(outputs) * steps // (steps + 1)
+    wire += unroll.agent_outputs.action.size * ACTION.itemsize
+    return Report(env_steps, episodes, {"bytes_per_env_step": wire / max(env_steps, 1)})
+
+
+def batch_metrics(batches: Counter[int]) -> dict[str, float]:
+    """Of the batches since the last call (rows → how many there were), which are forgotten."""
+    if not batches:
+        return {}
+    mean = sum(rows * count for rows, count in batches.items()) / batches.total()
+    batches.clear()
+    return {"inference_batch_mean": mean}

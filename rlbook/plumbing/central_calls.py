@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from rlbook.data import EnvOutput, Unroll
-from rlbook.plumbing.central import Report, Stepped
+from rlbook.plumbing.central import Report, Stepped, report_of
 from rlbook.plumbing.central_flow import CentralFlow
 from rlbook.plumbing.deeds import StandIn
 from rlbook.plumbing.fleet import Fleet
@@ -24,7 +24,7 @@ class CentralServer(Inference):
         """Takes in the row that ends an unroll."""
         unroll = self.observe(who, row)
         assert unroll is not None, "driver and server count the same rows"
-        return Report(int(unroll.valid.sum()), [], {}), unroll
+        return report_of(unroll, []), unroll
 
     def answer(
         self, weights: Vector | None, whose: list[Who], *rows: EnvOutput | None

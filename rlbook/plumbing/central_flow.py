@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlbook.parts.envs import Episode
-from rlbook.plumbing.central import Finished, Report, Stepped, Turn, Update
+from rlbook.plumbing.central import Finished, Report, Stepped, Turn, Update, batch_metrics
 from rlbook.plumbing.fleet import Fleet
 from rlbook.plumbing.inference import Request, Waiting, Who
 from rlbook.plumbing.learner_group import LearnerGroup
@@ -89,6 +89,8 @@ class CentralFlow:
         self.in_flight: dict[Reference, Step | Ending | Learning] = {}
         self.queue: deque[Finished] = deque()
         self.updates = self.made = self.dropped = 0
+        self.batches: Counter[int] = Counter()
+        """Rows of a forward pass → how many there were."""
         self._pause = runtime.remote(pause, costs=lambda seconds: seconds, num_cpus=0)
         workers.settle()
         learners.settle()
@@ -149,6 +151,7 @@ class CentralFlow:
         """The server acts for all batches that are due."""
         while self.waiting.due_in(self.runtime.now) == 0:  # enough rows, or they waited enough
             batch = self.waiting.take()
+            self.batches[sum(request.rows for request in batch)] += 1
             if self._version is None:
                 self._hand_over(self.learners.weights(), self.made)
             assert self._version is not None
@@ -296,7 +299,8 @@ class CentralFlow:
 
     def _ended(self, ending: Ending, report: Report) -> Turn:
         place = self.places[ending.place]
-        report = report._replace(episodes=place.episodes)
+        metrics = report.metrics | batch_metrics(self.batches)
+        report = report._replace(episodes=place.episodes, metrics=metrics)
         place.episodes = []
         finished = Finished(ending.place, ending.versions, ending.unroll, report)
         self.queue.append(finished)

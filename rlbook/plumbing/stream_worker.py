@@ -104,36 +104,45 @@ class Stream:
     def __init__(self, call: Any, silence_s: float) -> None:
         self.call, self.silence_s = call, silence_s
         self.heard = time.monotonic()
-        self.waits = True
 
     async def watch(self) -> None:
         """Gives up a server that has said nothing for too long."""
-        while time.monotonic() - self.heard < self.silence_s or not self.waits:
+        while time.monotonic() - self.heard < self.silence_s:
             await asyncio.sleep(self.silence_s / 4)
         self.call.cancel()
 
     async def run(self, worker: int, run_id: int, groups: Sequence[Envs], token: bytes) -> None:
         """Says hello, then answers actions with rows until every group rests."""
-        call, schema = self.call, Schema.of(groups[0].env_output)
         here = [envs.env_output for envs in groups]
-        await call.write(transport.hello(worker, run_id, here, token).SerializeToString())
+        schema = Schema.of(here[0])
+        await self.call.write(transport.hello(worker, run_id, here, token).SerializeToString())
+        await self.next("welcome")
         for index, row in enumerate(here):
             said = transport.rows(index, schema.encode(row))
-            await call.write(said.SerializeToString())
+            await self.call.write(said.SerializeToString())
         plays = len(groups)
         while plays:
-            data = await call.read()
+            message = await self.next("actions", "rest")
+            if message.WhichOneof("kind") == "rest":
+                plays -= 1
+                continue
+            told = message.actions
+            envs = groups[told.group]
+            row = envs.step(transport.actions_of(told, schema.copies))
+            said = transport.rows(told.group, schema.encode(row), envs.episodes())
+            await self.call.write(said.SerializeToString())
+            self.heard = time.monotonic()
+        await self.call.done_writing()
+
+    async def next(self, *kinds: str) -> pb.ToWorker:
+        """The next message of one of these kinds; others are but signs of life. `Lost` at the end
+        of the stream.
+        """
+        while True:
+            data = await self.call.read()
             self.heard = time.monotonic()
             if data is grpc.aio.EOF:
-                raise Lost((await call.code()).name, await call.details() or "")
+                raise Lost((await self.call.code()).name, await self.call.details() or "")
             message = pb.ToWorker.FromString(data)
-            kind = message.WhichOneof("kind")
-            if kind == "rest":
-                plays -= 1
-            elif kind == "actions":
-                envs, told = groups[message.actions.group], message.actions
-                row = envs.step(transport.actions_of(told, schema.copies))
-                said = transport.rows(told.group, schema.encode(row), envs.episodes())
-                await call.write(said.SerializeToString())
-                self.heard = time.monotonic()
-        await call.done_writing()
+            if message.WhichOneof("kind") in kinds:
+                return message

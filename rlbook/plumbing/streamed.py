@@ -127,7 +127,11 @@ class Streamed:
             while not self.central.finished.empty():
                 self._queue.append(self.central.finished.get())
             while len(self._queue) >= self.config.unrolls_per_batch:
-                turns += self._learn(env_steps)
+                learnt = self._learn(env_steps)
+                env_steps += sum(
+                    came.report.env_steps for came, _ in learnt if isinstance(came, Finished)
+                )
+                turns += learnt
             self._stray += len(self._queue)
             self._queue.clear()
         if self._failure is not None:
@@ -171,7 +175,8 @@ class Streamed:
         else:
             self.central.release(places)
         begun = time.monotonic()
-        metrics, weights = self.learner.update((env_steps,), *[one.unroll for one in batch])
+        taken = env_steps + sum(one.report.env_steps for one in batch)
+        metrics, weights = self.learner.update((taken,), *[one.unroll for one in batch])
         self._note(1, begun)
         self.central.release(places if waits else [], weights)
         update = Update(batch, lags_of(batch, self.updates))

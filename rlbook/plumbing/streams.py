@@ -97,10 +97,11 @@ class Line:
         self.context, self.task = context, asyncio.current_task()
         self.outbox: deque[bytes] = deque()
         self.heard = time.monotonic()
-        self.silent = self._writes = False
+        self.silent = False
         self.inline = False
         """Its own handler is at work and sends what is in the outbox."""
         self.peer: Any = None
+        self._writing = asyncio.Lock()
 
     def reply(self, group: int, action: np.ndarray | None) -> None:
         """Sends a group its actions, or to rest."""
@@ -118,16 +119,20 @@ class Line:
 
     async def flush(self) -> None:
         """Sends what is in the outbox, in order."""
-        if self._writes:
-            return
-        self._writes = True
-        try:
-            while self.outbox:
-                await self.context.write(self.outbox.popleft())
-        except (grpc.RpcError, asyncio.CancelledError, RuntimeError):
-            self.outbox.clear()  # it is gone, as its own handler finds
-        finally:
-            self._writes = False
+        async with self._writing:
+            try:
+                while self.outbox:
+                    await self.context.write(self.outbox.popleft())
+            except (grpc.RpcError, RuntimeError):
+                self.outbox.clear()  # it is gone, as its own handler finds
+
+    async def quieten(self) -> None:
+        """Sends nothing any more; what is being sent is sent. Before a status, which is the last
+        message of a stream.
+        """
+        self.inline = True
+        self.outbox.clear()
+        await self._writing.acquire()
 
 
 _tasks: set[Any] = set()
@@ -240,20 +245,23 @@ class StreamServer:
     async def _play(self, unused: Any, context: Any) -> None:
         line = Line(context)
         self.lines.add(line)
+        status, reason = "OK", ""
         try:
             await self._talk(line)
         except Refused as refusal:
-            await context.abort(grpc.StatusCode[refusal.status], refusal.message)
+            status, reason = refusal.status, refusal.message
         except asyncio.CancelledError:
             if not line.silent:
                 raise
-            owed = f"nothing heard for {self.settings.silence_s:g} s"
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, owed)
+            status, reason = "DEADLINE_EXCEEDED", f"silent for {self.settings.silence_s:g} s"
         finally:
             self.lines.discard(line)
             if line.peer is not None:
                 self.central.leave(line.peer)
                 self._set_timer()
+        await line.quieten()
+        if status != "OK":
+            await context.abort(grpc.StatusCode[status], reason)
 
     async def _talk(self, line: Line) -> None:
         context, schema, central = line.context, self.schema, self.central
@@ -262,7 +270,7 @@ class StreamServer:
             return
         said = transport.introduced(transport.opened(first), schema, self.settings.token)
         peer = line.peer = central.join(said, line.reply)
-        line.send(pb.ToWorker(welcome=pb.Welcome()).SerializeToString())
+        await context.write(pb.ToWorker(welcome=pb.Welcome()).SerializeToString())
         while (data := await context.read()) is not grpc.aio.EOF:
             line.heard = time.monotonic()
             message = transport.opened(data)
