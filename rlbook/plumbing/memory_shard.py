@@ -125,12 +125,16 @@ class MemorySettings(NamedTuple):
     """α."""
     finds_smallest: bool = False
     """Look for the smallest priority before each draw (O(capacity)); else it is given as 0."""
+    example: Any = None
+    """One item, a NamedTuple of arrays `[...]`; without it the first that comes decides, and a
+    memory that is loaded does not know the type's name until then."""
 
     def make(self, seed: int) -> "UniformReplay[Any] | PrioritizedReplay[Any]":
         """An empty memory."""
         if not self.prioritized:
-            return UniformReplay(self.capacity, seed)
-        return PrioritizedReplay(self.capacity, self.priority_exponent, seed=seed)
+            return UniformReplay(self.capacity, seed, example=self.example)
+        how = {"seed": seed, "example": self.example}
+        return PrioritizedReplay(self.capacity, self.priority_exponent, **how)
 
 
 class ShardReport(NamedTuple):
@@ -178,9 +182,9 @@ class MemoryShard(Alive):
         """How much there is."""
         self.reports += 1
         size = len(self.memory)
-        prioritized = isinstance(self.memory, PrioritizedReplay)
-        total = self.memory.total_priority if prioritized else float(size)
-        return ShardReport(size, total, self.reports)
+        if isinstance(self.memory, PrioritizedReplay):
+            return ShardReport(size, self.memory.total_priority, self.reports)
+        return ShardReport(size, float(size), self.reports)
 
     def state_dict(self) -> dict[str, Any]:
         """Of the memory."""

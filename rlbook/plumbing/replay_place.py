@@ -30,7 +30,7 @@ def opened(
     """
     if config.replay == "shards":
         sizes = {"batch": config.batch_size, "row_bytes": tree_nbytes(example)}
-        each = settings._replace(capacity=settings.capacity // config.num_replays)
+        each = settings._replace(capacity=settings.capacity // config.num_replays, example=example)
         yield ShardedReplay(runtime, each, config.num_replays, seed=config.seed, **sizes)
         return
     from rlbook.plumbing.redis_replay import RedisMemory, RedisReplay
