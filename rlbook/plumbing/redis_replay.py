@@ -358,6 +358,9 @@ class RedisReplay:
         """Counts items that an actor has stored by itself."""
         self.held += count
 
+    def stored(self, added: Reference) -> None:
+        """Nothing was handed on."""
+
     def sample(self, rows: int) -> Draw | None:
         """What a learner is to draw; None while there is nothing."""
         return Draw([], rows) if self.held else None
