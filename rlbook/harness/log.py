@@ -49,6 +49,7 @@ METRICS = {
     "inference_time_fraction": "part of the same time spent in forward passes to act",
     "gradient_time_fraction": "part of the same time spent in gradients",
     "waiting_time_fraction": "part of the same time spent in sums over a group: mostly waiting",
+    "inference_batch_mean": "mean rows of a forward pass of central inference",
     "env_ceiling_fraction": "env_steps_per_s / what the same environments alone can step a second",
     "replay_size": "transitions in replay",
     "replay_ratio": "transitions sampled for learning / environment steps",

@@ -13,5 +13,6 @@ SYSTEMS = {
     "apex": "double dueling DQN with many actors and prioritised replay (chapter 10)",
     "impala": "actors apart from learners, V-trace, one to k learners, several tasks (chapter 11)",
     "r2d2": "Ape-X with memory: sequences, stored state, burn-in, rescaled values (chapter 12)",
+    "seed_rl": "IMPALA with central inference: workers without a network, gRPC (chapter 13)",
 }
 """Module stem → one line about it."""

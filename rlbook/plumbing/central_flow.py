@@ -265,7 +265,8 @@ class CentralFlow:
     def _stepped(self, step: Step, report: Stepped | None) -> None:
         """A worker's rows are there."""
         place = self.places[step.place]
-        if report is None:  # it died
+        if report is None:  # it died, or who should have told it what to do
+            self.runtime.get(self.server.alive.remote())
             self._start_over(place)
             if not self._resting:
                 self._ask_where(step.place)
