@@ -112,6 +112,7 @@ class Central:
         self._held: dict[int, Request] = {}
         self._untaken: Counter[int] = Counter()
         self._newest: Vector | None = None
+        self._acting: Vector | None = None
         self._lane = self.timeline.number("Inference 0"), self.timeline.number("act")
 
     # -- the loop's thread ---------------------------------------------------------------------
@@ -153,9 +154,10 @@ class Central:
     def serve(self, now: float) -> float | None:
         """Acts for all batches that are due; seconds until the next will be, if time decides."""
         while (due_in := self.waiting.due_in(now)) == 0:
-            if self._newest is not None:
-                newest, self._newest = self._newest, None
+            if (newest := self._newest) is not self._acting:
+                assert newest is not None
                 self.inference.load(newest)
+                self._acting = newest
             batch, begun = self.waiting.take(), time.monotonic()
             actions = self.inference.act([request.who.place for request in batch])
             self._note(sum(request.rows for request in batch), begun)

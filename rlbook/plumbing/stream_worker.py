@@ -133,6 +133,8 @@ class Stream:
             await self.call.write(said.SerializeToString())
             self.heard = time.monotonic()
         await self.call.done_writing()
+        while await self.call.read() is not grpc.aio.EOF:  # so that it is the server who ends it
+            pass
 
     async def next(self, *kinds: str) -> pb.ToWorker:
         """The next message of one of these kinds; others are but signs of life. `Lost` at the end

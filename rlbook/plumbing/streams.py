@@ -31,6 +31,8 @@ from rlbook.plumbing.central import Central
 from rlbook.plumbing.transport import Refused, Schema
 
 SERVICE = "rlbook.seed.Seed"
+GRACE_S = 0.2
+"""What open streams have left when a server stops."""
 
 
 class Tls(NamedTuple):
@@ -184,7 +186,7 @@ class StreamServer:
         """Cuts all streams off."""
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join()
+            self._thread.join(10 * GRACE_S + 5)
 
     def soon(self, call: Callable[[], None]) -> None:
         """Has something done in the loop's thread."""
@@ -221,7 +223,7 @@ class StreamServer:
         watch = asyncio.create_task(self._watch())
         await self._stop.wait()
         watch.cancel()
-        await server.stop(0.2)
+        await server.stop(GRACE_S)
 
     def _listen(self, server: Any) -> None:
         tls = self.settings.tls
