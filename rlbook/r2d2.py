@@ -180,10 +180,11 @@ class Config(RunConfig):
 
 MASKED = Config(
     env_id="rlbook/MaskedCartPole-v0",
+    total_env_steps=200_000,
     sequence_length=20,
     sequence_overlap=10,
     burn_in_length=10,
-    total_env_steps=300_000,
+    samples_per_insert=64.0,
 )
 PRESETS = {
     "default": Config(),
@@ -309,7 +310,8 @@ class Actor(Bundle):
         made = self.cut(rows)
         episodes = [one for one in self.envs.episodes() if self.scored[one.env]]
         metrics = {"q_mean": float(rows.q.max(-1).mean()), **self.meter.fractions()}
-        wire, items = tree_nbytes(made) + weights.values.nbytes, len(made.priorities) if made else 0
+        items = 0 if made is None else len(made.priorities)
+        wire = tree_nbytes(made) + weights.values.nbytes
         return Report(int(rows.valid.sum()), items, wire, episodes, metrics), made
 
     def cut(self, rows: Rows) -> Made | None:
@@ -361,29 +363,21 @@ def turn(flow: ReplayFlow) -> Turn:
 
 def make_flow(runtime: Runtime, config: Config, parameters: np.ndarray) -> ReplayFlow:
     """Actors, learner and replay memory on a runtime, and the flow between them."""
-    steps, period = config.unroll_length * config.num_envs, config.sequence_period
-    made = max(1, steps // period)
-    return remote_flow(
-        runtime,
-        Actor,
-        Learner,
-        make_replay(runtime, config),
-        config,
-        parameters,
-        report=Report(steps, made, 0, [], {}),
-        made_bytes=made * row_bytes(config),
-        chunk_rows=steps / config.sequence_length,
-        forwards=config.unroll_length,
-    )
+    steps = config.unroll_length * config.num_envs
+    made = max(1, steps // config.sequence_period)
+    parts = runtime, Actor, Learner, make_replay(runtime, config), config, parameters
+    work = {"forwards": config.unroll_length, "made_bytes": made * row_bytes(config)}
+    chunk: dict[str, Any] = {"chunk_rows": steps / config.sequence_length, **work}
+    return remote_flow(*parts, report=Report(steps, made, 0, [], {}), **chunk)
 
 
 def make_replay(runtime: Runtime, config: Config) -> Replay:
     """The shards; ValueError if what they may hold can never fit into memory."""
-    shards, size = config.num_replays, row_bytes(config)
-    require_memory("replay_capacity", config.replay_capacity, size, f"of {config.env_id}")
-    settings = MemorySettings(config.replay_capacity // shards, True, config.priority_exponent)
-    sizes = {"seed": config.seed, "batch": config.batch_size, "row_bytes": size}
-    return ShardedReplay(runtime, settings, shards, **sizes)
+    shards, capacity = config.num_replays, config.replay_capacity
+    sizes = {"batch": config.batch_size, "row_bytes": row_bytes(config)}
+    require_memory("replay_capacity", capacity, sizes["row_bytes"], f"of {config.env_id}")
+    settings = MemorySettings(capacity // shards, priority_exponent=config.priority_exponent)
+    return ShardedReplay(runtime, settings, shards, seed=config.seed, **sizes)
 
 
 def row_bytes(config: Config) -> int:
@@ -401,7 +395,7 @@ def units_of_work(config: Config) -> dict[str, Callable[[], object]]:
     while len(shard.memory) < config.batch_size:
         shard.keep(made := actor.play(learner.newest())[1])
     part = shard.draw(config.batch_size, 1.0)[1]
-    back = learner.learn(part)[2]
+    back = learner.learn(shard.draw(config.batch_size * config.updates_per_call, 1.0)[1])[2]
     rows = actor.player.rows(config.unroll_length)
     return {
         "env_step": lambda: actor.envs.step(actions),
@@ -422,10 +416,10 @@ def make_game(config: Config, num_envs: int, seed: int) -> Envs:
 
 def make_network(config: Config) -> Any:
     """A Q-network for the environment's observations and actions, with or without memory."""
-    envs = make_game(config, 1, config.seed)
+    envs, sizes = make_game(config, 1, config.seed), (config.hidden_sizes, config.lstm_size)
     num_actions, shape = require_discrete(envs, "r2d2"), envs.observation_space.shape or ()
     torch.manual_seed(config.seed)
-    return make_q_network(shape, num_actions, config.hidden_sizes, config.lstm_size, config.dueling)
+    return make_q_network(shape, num_actions, *sizes, config.dueling)
 
 
 def load_policy(config: Config, parts: dict[str, Any]) -> Any:

@@ -401,9 +401,7 @@ def test_without_memory_the_loss_on_sequences_is_the_mean_over_their_transitions
             **parts, discount=items.discount[rows, t:], valid=items.valid[rows, t:]
         )
         columns.append(transitions(tail, config.n_step, config.discount))
-    batch = Transition(
-        *(torch.from_numpy(np.concatenate(c)) for c in zip(*columns, strict=True))
-    )
+    batch = Transition(*(torch.from_numpy(np.concatenate(c)) for c in zip(*columns, strict=True)))
     errors = td_errors(*networks, batch, double=True)
     wanted = torch.nn.functional.huber_loss(errors, torch.zeros_like(errors))
     assert math.isclose(loss.item(), wanted.item(), rel_tol=1e-9)
@@ -569,7 +567,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch, config):
     resumed = train(replace(config, resume=str(tmp_path / "cut")))
     assert_same_run(whole, resumed)
     assert whole.extra == resumed.extra and whole.learner_steps > 10
-    assert np.isclose(whole.wall_time_s, resumed.wall_time_s, rtol=1e-6, atol=0)
+    assert np.isclose(whole.wall_time_s, resumed.wall_time_s, rtol=1e-4, atol=0)
     assert same_parameters(whole, Result.load(tmp_path / "cut"))
 
 
@@ -587,8 +585,9 @@ def test_a_real_run_learns_says_nothing_and_goes_on(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
     assert first.metrics["episode_return_mean"] > 0.8
     assert second.learner_steps > first.learner_steps
-    parts = [first.metrics[f"{part}_time_fraction"] for part in ("env", "inference")]
-    assert min(parts) > 0.02 and 0 <= first.metrics["learner_idle_fraction"] < 1
+    for part in ("env_time", "inference_time", "learner_idle"):
+        known = [x for x in first.curves[f"{part}_fraction"] if x is not None and x == x]
+        assert known and 0 < min(known) <= max(known) < 1
 
 
 # -- settings --------------------------------------------------------------------------------------
