@@ -310,6 +310,23 @@ def test_priorities_lag_by_the_draws_that_are_made_ahead():
         assert np.nanmax(result.curves["priority_lag_mean"]) <= lag
 
 
+def test_what_was_learnt_from_gets_new_priorities():
+    """Every row of every draw, at the shard that gave it, by the learner's |TD error|."""
+    correct, rows, changed = MemoryShard.correct, [], []
+
+    def watching(self, priorities):
+        before = self.memory.total_priority
+        rows.append(correct(self, priorities))
+        changed.append(self.memory.total_priority != before)
+        return rows[-1]
+
+    config = replace(QUICK, replay_capacity=10_000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MemoryShard, "correct", watching)
+        result = train(config)
+    assert sum(rows) == result.extra["samples"] and all(changed)
+
+
 def test_a_hollow_run_predicts_the_same_clock():
     config = replace(QUICK, total_env_steps=2_000)
     real, cluster = train(config), Cluster(nodes=(Node(cores=8),), costs=apex.COSTS)
