@@ -61,14 +61,16 @@ lab: $(STAMP) ## open JupyterLab on the chapters
 chapters: $(STAMP) ## execute every chapter and store its outputs (NAMES="03_dqn 02_td" for some)
 	@$(PY) -m tools.book chapters $(NAMES)
 
-bench: $(STAMP) $(BENCH)/.rlbook-stamp ## measure against stable-baselines3 and the physical limit
+bench: $(STAMP) $(BENCH)/.rlbook-stamp ## measure against stable-baselines3, RLlib and the physical limit
 	@$(PY) -m benchmarks
 
 $(BENCH)/.rlbook-stamp: pyproject.toml constraints.txt | $(STAMP)
 	@echo "setting up $(BENCH) for the peers"
 	@test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
+	@grep -v '^gymnasium==' constraints.txt > $(BENCH)/constraints.txt
 	@$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check \
-	  $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") -c constraints.txt -e ".[bench]"
+	  $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") -c $(BENCH)/constraints.txt \
+	  -e ".[bench]"
 	@$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(TREES)
 	@touch $@
 

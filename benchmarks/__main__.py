@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from benchmarks import (
     a3c,
     codecs,
+    dppo,
     envs,
     gorila,
+    impala,
     imports,
     parameter_server,
     rate,
     replay,
+    rllib,
     solve,
     value_iteration,
     virtual,
@@ -30,7 +33,10 @@ ALL = (
     parameter_server,
     gorila,
     a3c,
+    dppo,
+    impala,
     solve,
+    rllib,
 )
 
 

@@ -3,12 +3,14 @@
 import argparse
 import importlib.util
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,24 +40,44 @@ def child(arguments: Sequence[str], *, peer: bool = False, timeout_s: float = 60
     Args:
         arguments: module and flags.
         peer: in the peers' environment instead of this one.
-        timeout_s: a process that takes longer is ended (subprocess.TimeoutExpired).
+        timeout_s: a process that takes longer is ended, with all that it started
+            (subprocess.TimeoutExpired).
 
     Raises:
         RuntimeError: the process failed; the message holds the end of what it said.
     """
     python = str(BENCH_PYTHON) if peer else sys.executable
-    done = subprocess.run(
+    process = subprocess.Popen(
         [python, "-m", *arguments],
         cwd=ROOT,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout_s,
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
-        check=False,
     )
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    try:
+        output, errors = process.communicate(timeout=timeout_s)
+    except BaseException:
+        end_family(process)
+        raise
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(arguments)} failed:\n{errors[-2000:]}")
+    return json.loads(output.strip().splitlines()[-1])
+
+
+def end_family(process: subprocess.Popen[str]) -> None:
+    """Ends a process and all that it started, each by its own id."""
+    import psutil
+
+    try:
+        family = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        family = []
+    process.kill()
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
 
 
 def peer_module(name: str, package: str, path: str) -> Any:
@@ -133,6 +155,40 @@ def target(
     reached = reached and (most is None or value <= most)  # type: ignore[operator]
     wanted = f">= {shown(least)}" if least is not None else f"<= {shown(most)}"
     return {"figure": name, "measured": value, "wanted": wanted, "reached": reached}
+
+
+def run_row(what: str, run: Row) -> Row:
+    """A run of `benchmarks.trial` as a line of a table; `what` is "until solved" or "rate"."""
+    return {
+        "system": run["system"],
+        "what": what,
+        "seed": run["seed"],
+        "solved": run["solved"] if what == "until solved" else None,
+        "seconds": run["wall_time_s"],
+        "env steps": run["env_steps"],
+        "steps/s": run["env_steps_per_s"],
+        "memory MB": run["memory_mb"],
+    }
+
+
+RUN_COLUMNS = ("system", "what", "seed", "solved", "seconds", "env steps", "steps/s", "memory MB")
+
+
+def seconds_to_solved(rows: Sequence[Row], system: str) -> float | None:
+    """Median over the rows "until solved" of a system; None if that is a run that was not."""
+    mine = [row for row in rows if (row["system"], row["what"]) == (system, "until solved")]
+    median = statistics.median(row["seconds"] if row["solved"] else math.inf for row in mine)
+    return median if median < math.inf else None
+
+
+def unusual(flags: argparse.ArgumentParser, options: argparse.Namespace, *names: str) -> list[str]:
+    """The flags among `names` whose values are not the usual ones, as one would type them."""
+    values = {name: getattr(options, name) for name in names}
+    changed = {name: v for name, v in values.items() if v != flags.get_default(name)}
+    return [
+        f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+        for name, value in changed.items()
+    ]
 
 
 def print_targets(targets: Sequence[Row]) -> None:

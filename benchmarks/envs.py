@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from benchmarks.common import Row, child, keep, parser, table
-from benchmarks.trial import MODULES
-from rlbook.harness.run import system_module
+from benchmarks.trial import settings
 from rlbook.parts.envs import Envs, make_envs, require_discrete
 
 COLUMNS = ("system", "envs", "bare steps/s", "Envs steps/s", "training steps/s", "fraction")
+ONE_PROCESS = ["ppo", "a2c", "dqn"]
 MANY = (128, 512, 2_048)
 TRIES = 3
 
@@ -73,7 +73,7 @@ def book_step(envs: Envs) -> Callable[[np.ndarray], int]:
 
 def measure(system: str, seconds: float, training_seconds: float) -> Row:
     """One system's line."""
-    config = system_module(MODULES[system]).PRESETS["default"]
+    _, config = settings(system, 1, "CartPole-v1")
     bare = ceiling(config.env_id, config.num_envs, seconds, bare=True)
     wrapped = ceiling(config.env_id, config.num_envs, seconds, bare=False)
     training = child(["benchmarks.trial", system, "--seconds", str(training_seconds)])
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Each system, then the ceiling for more copies."""
     options = parser("Rate of each system against bare environment stepping.").parse_args(arguments)
     seconds, training_seconds = (0.02, 0.2) if options.quick else (0.4, 4.0)
-    systems = ["a2c"] if options.quick else list(MODULES)
+    systems = ["a2c"] if options.quick else ONE_PROCESS
     rows = [measure(system, seconds, training_seconds) for system in systems]
     for copies in MANY:
         bare = ceiling("CartPole-v1", copies, seconds, bare=True)

@@ -6,28 +6,25 @@ Two bundles and one shard on Ray, the defaults, a fresh process for each run; in
 that both meet the same machine.
 """
 
-import statistics
 from collections.abc import Sequence
 
-from benchmarks.common import Row, child, keep, note, parser, print_targets, table, target
+from benchmarks.common import (
+    RUN_COLUMNS,
+    Row,
+    child,
+    keep,
+    note,
+    parser,
+    print_targets,
+    run_row,
+    seconds_to_solved,
+    table,
+    target,
+)
 
 GOAL = 475.0
 MOST_SECONDS = 25.0
 SYSTEMS = ("gorila", "dqn")
-COLUMNS = ("system", "what", "seed", "solved", "seconds", "env steps", "steps/s")
-
-
-def run_row(what: str, run: Row) -> Row:
-    """A run as a line of the table."""
-    return {
-        "system": run["system"],
-        "what": what,
-        "seed": run["seed"],
-        "solved": run["solved"],
-        "seconds": run["wall_time_s"],
-        "env steps": run["env_steps"],
-        "steps/s": run["env_steps_per_s"],
-    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -47,12 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         note(f"rate of {system}")
         trial = ["benchmarks.trial", system, "--seconds", str(seconds)]
         rows.append(run_row("rate", child(trial)))
-    table("Gorila with two bundles on Ray, and DQN; CartPole-v1", rows, COLUMNS)
+    table("Gorila with two bundles on Ray, and DQN; CartPole-v1", rows, RUN_COLUMNS)
     targets: list[Row] = []
     if seeds:
-        solving = [r for r in rows if r["system"] == "gorila" and r["what"] == "until solved"]
-        took = [row["seconds"] if row["solved"] else float("inf") for row in solving]
-        median = statistics.median(took)
+        median = seconds_to_solved(rows, "gorila")
         targets.append(target("Gorila, CartPole: seconds to solved", median, most=MOST_SECONDS))
     print_targets(targets)
     keep("gorila", rows, targets, options)

@@ -11,6 +11,7 @@ import argparse
 import json
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,34 +123,52 @@ class PredictPolicy:
 
 
 class Clock:
-    """Counts steps and seconds of training, and says when the run is over."""
+    """Counts steps and seconds of a peer's training, and says when the run is over.
+
+    Args:
+        policy: acts with the parameters as they are at the moment.
+        num_envs: copies of the environment, all together.
+        seed: of the run.
+        env_id: Gymnasium id.
+        goal: mean return that ends the run; None for no such end.
+        seconds: after so many the run ends anyway.
+    """
 
     def __init__(
-        self, model: Any, settings: Settings, env_id: str, goal: float | None, seconds: float
+        self, policy: Any, num_envs: int, seed: int, env_id: str, goal: float | None, seconds: float
     ) -> None:
-        self.model, self.settings, self.env_id = model, settings, env_id
+        self.policy, self.seed, self.env_id = policy, seed, env_id
         self.goal, self.seconds = goal, seconds
-        window = max(CONFIRMING_EPISODES, 2 * settings.num_envs)
-        self.returns: deque[float] = deque(maxlen=window)
+        self.returns: deque[float] = deque(maxlen=max(CONFIRMING_EPISODES, 2 * num_envs))
         self.env_steps = self.evaluations = 0
         self.begun: float | None = None
         self.wall_time_s = self.paused_s = 0.0
         self.evaluation_return_mean: float | None = None
 
     def start(self) -> None:
-        """Called before the first environment step."""
+        """Called before the first environment step; calling it again does nothing."""
         if self.begun is None:
             self.begun = time.perf_counter()
 
-    def step(self, infos: list[dict[str, Any]]) -> bool:
-        """Books one step of every copy; False ends the run."""
-        self.env_steps += len(infos)
-        ended = [info["episode"]["r"] for info in infos if "episode" in info]
-        self.returns.extend(ended)
+    def book(self, env_steps: int, returns: Sequence[float]) -> bool:
+        """Enters steps and the returns of the episodes that ended in them; False ends the run."""
+        self.env_steps += env_steps
+        self.returns.extend(returns)
         self.wall_time_s = time.perf_counter() - float(self.begun or 0.0) - self.paused_s
-        if ended and self.goal is not None and self._full_and_good() and self._confirm():
+        if returns and self.goal is not None and self._full_and_good() and self._confirm():
             return False
         return self.wall_time_s < self.seconds
+
+    def row(self) -> dict[str, Any]:
+        """What it shows, as entries of a table's row."""
+        return {
+            "solved": self.evaluation_return_mean is not None,
+            "env_steps": self.env_steps,
+            "wall_time_s": self.wall_time_s,
+            "env_steps_per_s": self.env_steps / self.wall_time_s,
+            "evaluation_return_mean": self.evaluation_return_mean,
+            "evaluations": self.evaluations,
+        }
 
     def _full_and_good(self) -> bool:
         full = len(self.returns) == self.returns.maxlen
@@ -161,10 +180,10 @@ class Clock:
         begun = time.perf_counter()
         self.evaluations += 1
         evaluation = evaluate(
-            PredictPolicy(self.model, self.settings.greedy),
+            self.policy,
             self.env_id,
             episodes=CONFIRMING_EPISODES,
-            seed=1_000_000 + 1_000 * int(self.model.seed) + self.evaluations,
+            seed=1_000_000 + 1_000 * self.seed + self.evaluations,
         )
         self.paused_s += time.perf_counter() - begun
         if evaluation.mean < float(self.goal or 0.0):
@@ -184,8 +203,9 @@ def run(
     from rlbook.harness.records import peak_memory_mb
 
     torch.set_num_threads(threads)
-    model = make_model(system, env_id, seed)
-    clock = Clock(model, SETTINGS[system], env_id, goal, seconds)
+    model, settings = make_model(system, env_id, seed), SETTINGS[system]
+    policy = PredictPolicy(model, settings.greedy)
+    clock = Clock(policy, settings.num_envs, seed, env_id, goal, seconds)
 
     class Watch(BaseCallback):
         """Hands the library's steps on to the clock."""
@@ -194,19 +214,16 @@ def run(
             clock.start()
 
         def _on_step(self) -> bool:
-            return clock.step(self.locals["infos"])
+            infos = self.locals["infos"]
+            ended = [info["episode"]["r"] for info in infos if "episode" in info]
+            return clock.book(len(infos), ended)
 
     model.learn(LONGEST_RUN, callback=Watch())
     return {
         "system": system,
         "seed": seed,
-        "solved": clock.evaluation_return_mean is not None,
-        "env_steps": clock.env_steps,
-        "wall_time_s": clock.wall_time_s,
-        "env_steps_per_s": clock.env_steps / clock.wall_time_s,
-        "evaluation_return_mean": clock.evaluation_return_mean,
-        "evaluations": clock.evaluations,
-        "num_envs": SETTINGS[system].num_envs,
+        **clock.row(),
+        "num_envs": settings.num_envs,
         "memory_mb": peak_memory_mb(),
     }
 

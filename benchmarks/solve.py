@@ -21,6 +21,7 @@ from benchmarks.common import (
     print_targets,
     table,
     target,
+    unusual,
 )
 from benchmarks.peer import SETTINGS
 
@@ -117,11 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("  The peer is missing: `make bench` installs it.")
     targets = [] if options.quick else figures(runs, options.systems)
     print_targets(targets)
-    unusual = [
-        f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-        for name, value in vars(options).items()
-        if name in ("seeds", "cap", "systems") and value != flags.get_default(name)
-    ]
+    changed = unusual(flags, options, "seeds", "cap", "systems")
     more = {
         "goal": goal,
         "cap_s": options.cap,
@@ -129,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "peer_versions": {} if alone else peer_versions(["stable_baselines3", "torch"]),
         "peer_settings": {} if alone else {s: SETTINGS[s].note for s in options.systems},
     }
-    keep("solve", runs, targets, options, unusual, **more)
+    keep("solve", runs, targets, options, changed, **more)
 
 
 if __name__ == "__main__":

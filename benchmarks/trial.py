@@ -3,7 +3,8 @@
     python -m benchmarks.trial ppo --seed 1 --goal 475        until solved
     python -m benchmarks.trial ppo --seconds 10               for its rate
 
-All settings are the system's defaults.
+All settings are those of a preset: the default one, where the name says no other. What `STEPS` says
+is how long a run until solved may be where the preset is for a rate.
 """
 
 import argparse
@@ -14,30 +15,41 @@ from typing import Any
 from rlbook.harness.records import TreeMemory
 from rlbook.harness.run import Result, system_module
 
-MODULES = {
-    "ppo": "ppo",
-    "a2c": "policy_gradient",
-    "dqn": "dqn",
-    "parameter_server": "parameter_server",
-    "gorila": "gorila",
-    "a3c": "a3c",
+SYSTEMS = {
+    "ppo": ("ppo", "default"),
+    "a2c": ("policy_gradient", "default"),
+    "dqn": ("dqn", "default"),
+    "parameter_server": ("parameter_server", "default"),
+    "gorila": ("gorila", "default"),
+    "a3c": ("a3c", "default"),
+    "dppo": ("dppo", "default"),
+    "dppo_server": ("dppo", "parameter_server"),
+    "impala": ("impala", "default"),
+    "impala_throughput": ("impala", "throughput"),
 }
-"""Name in the tables → module whose default preset it is."""
+"""Name in the tables → module and preset."""
 
+STEPS = {"impala_throughput": 10_000_000}
 PILOT_STEPS = 20_000
 
 
-def until_solved(system: str, seed: int, goal: float, env_id: str, **settings: Any) -> Result:
-    """Trains the default preset until it is solved or its total of steps is used up."""
-    module = system_module(MODULES[system])
-    config = replace(module.PRESETS["default"], env_id=env_id, seed=seed, progress=False)
-    return module.train(replace(config, stop_at_return=goal, **settings))
+def settings(system: str, seed: int, env_id: str) -> tuple[Any, Any]:
+    """The module of a system and the config of its preset."""
+    name, preset = SYSTEMS[system]
+    module = system_module(name)
+    return module, replace(module.PRESETS[preset], env_id=env_id, seed=seed, progress=False)
+
+
+def until_solved(system: str, seed: int, goal: float, env_id: str) -> Result:
+    """Trains until it is solved or its total of steps is used up."""
+    module, config = settings(system, seed, env_id)
+    steps = STEPS.get(system, config.total_env_steps)
+    return module.train(replace(config, stop_at_return=goal, total_env_steps=steps))
 
 
 def for_seconds(system: str, seed: int, seconds: float, env_id: str) -> Result:
     """Trains at least `seconds`: a short run tells how many steps that takes, and warms up."""
-    module = system_module(MODULES[system])
-    config = replace(module.PRESETS["default"], env_id=env_id, seed=seed, progress=False)
+    module, config = settings(system, seed, env_id)
     pilot = PILOT_STEPS if seconds >= 1 else PILOT_STEPS // 10
     result = module.train(replace(config, total_env_steps=pilot))
     while result.wall_time_s < seconds:
@@ -58,7 +70,7 @@ def row(system: str, result: Result, memory_mb: float) -> dict[str, Any]:
         "wall_time_s": result.wall_time_s,
         "env_steps_per_s": metrics["env_steps_per_s"],
         "evaluation_return_mean": metrics["evaluation_return_mean"],
-        "num_envs": result.config.num_envs,
+        "num_envs": getattr(result.config, "all_envs", result.config.num_envs),
         "memory_mb": memory_mb,
     }
 
@@ -66,7 +78,7 @@ def row(system: str, result: Result, memory_mb: float) -> dict[str, Any]:
 def main() -> None:
     """One run."""
     parser = argparse.ArgumentParser(description="One training run of a system of the book.")
-    parser.add_argument("system", choices=sorted(MODULES))
+    parser.add_argument("system", choices=sorted(SYSTEMS))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--env-id", default="CartPole-v1")
     what = parser.add_mutually_exclusive_group(required=True)

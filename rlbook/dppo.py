@@ -13,10 +13,10 @@
               for each epoch and minibatch:  mean gradient of all samples · one Adam step
 
 This is PPO (chapter 04) with: rollouts and gradients on N workers, averaged at a parameter server,
-who waits for all (Heess et al., 2017, "Emergence of locomotion behaviours in rich environments",
-algorithm 1; "async" to compare), or by all-reduce without a server (Wijmans et al., 2020, "DD-PPO:
-learning near-perfect PointGoal navigators from 2.5 billion frames"), with DD-PPO's preemption: a
-rollout is cut short when most others have finished theirs. Gradients count by their samples and
+who waits for all (Heess et al., 2017, "Emergence of locomotion behaviours in rich environments";
+"async" to compare), or by all-reduce without a server (Wijmans et al., 2020, "DD-PPO: learning
+near-perfect PointGoal navigators from 2.5 billion frames"), with DD-PPO's preemption: a rollout is
+cut short when most others have finished theirs. Gradients count by their samples and
 advantages are normalised over all workers: N workers with B/N copies each do what one does with B.
 
 Differs from the papers: the clipped objective, where DPPO penalises KL(old ‖ new); feed-forward
@@ -82,14 +82,14 @@ class Config(RunConfig):
     sync_fraction: float = 0.6
     """Part of the others that must have finished (60 % in DD-PPO)."""
     short_rollout: float = 0.25
-    """Part of its steps that a worker takes in any case (25 % in DD-PPO's code)."""
+    """Part of its steps that a worker takes in any case (25 % in DD-PPO)."""
     balance: bool = False
     """Lengths of rollouts in proportion to the workers' measured speeds."""
     unroll_length: int = 32
     """T, steps of each copy between updates (128 in DD-PPO); the mean of all with `balance`."""
-    epochs: int = 3
+    epochs: int = 4
     """Passes over each rollout (2 in DD-PPO)."""
-    minibatch_size: int = 512
+    minibatch_size: int = 1024
     """Samples of one gradient, of all workers together, in a rollout of full length."""
     discount: float = 0.98
     """γ (0.99 in both papers)."""
@@ -101,7 +101,7 @@ class Config(RunConfig):
     """Bring the advantages of each minibatch, of all workers, to mean 0 and deviation 1."""
     normalize_observations: bool = False
     """Bring observations to mean 0 and deviation 1, by statistics of all workers."""
-    learning_rate: float = 2.5e-3
+    learning_rate: float = 4e-3
     """Adam's step size (2.5e-4 in DD-PPO)."""
     value_cost: float = 0.25
     """Weight of the value loss ½ (V − target)²."""
@@ -237,7 +237,7 @@ class Worker(Member):
         self.config, self.envs = config, make_envs(config.env_id, config.num_envs, seed)
         self.network: Any = make_network(config, self.envs)
         self.flat, rate = Flat(self.network), config.learning_rate
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=rate, fused=True)
+        self.optimizer = torch.optim.Adam([self.flat.vector], lr=rate, fused=True)
         self.sampler = Sampler(self.network, config.num_envs, np.random.default_rng([seed, 1]))
         self.rng = np.random.default_rng([seed, 2])
         self.minibatches: Minibatches | None = None
@@ -302,8 +302,8 @@ class Worker(Member):
         """One step with the sum of all parts: `total`, or what is in `flat.gradients`."""
         if total is not None:
             np.copyto(self.flat.gradients.numpy(), total)
-        parameters, limit = self.network.parameters(), self.config.max_gradient_norm
-        self.metrics["gradient_norm"] = nn.utils.clip_grad_norm_(parameters, limit)
+        norm = self.flat.clip(self.config.max_gradient_norm)
+        self.metrics["gradient_norm"] = torch.tensor(norm)
         self.optimizer.step()
         self.updates += 1
 
@@ -338,7 +338,7 @@ class Worker(Member):
         self.collected = None
         self.collect(steps)
         mine, self.metrics = self.statistics(), {}
-        return self.report(), mine
+        return self.report(whole=False), mine
 
     def gradient(self, k: int, *weights: Weights) -> tuple[Report | Gradient, ...]:
         """With a server: the k-th minibatch's gradient, in pieces for the shards."""
@@ -347,12 +347,13 @@ class Worker(Member):
         self.metrics["gradient_norm"] = torch.linalg.vector_norm(self.flat.gradients)
         samples = len(held(self.minibatches).rows[k])
         pieces = in_pieces(self.flat.gradients.numpy(), weights, samples)
-        return self.report()._replace(env_steps=0), *pieces
+        return self.report(k == self.config.minibatches - 1)._replace(env_steps=0), *pieces
 
-    def report(self) -> Report:
-        """How the rollout and the newest gradient were."""
+    def report(self, whole: bool = True) -> Report:
+        """How the rollout and the newest gradient were; of a `whole` round, where its time went."""
         metrics = {name: value.item() for name, value in self.metrics.items()}
-        metrics |= {"unroll_length_mean": float(self.steps), **self.meter.fractions()}
+        metrics |= {"unroll_length_mean": float(self.steps)} | self.traffic(self.samples)
+        metrics |= self.meter.fractions() if whole else {}
         return Report(self.samples, self.updates, self.envs.episodes(), metrics)
 
 

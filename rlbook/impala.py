@@ -10,7 +10,7 @@
         Actor … ── unroll [T+1, B], μ ──┘            Learner … ─┘
                                      first in, first out
 
-      who waits: an actor, when `unrolls_in_flight` of its unrolls are not yet learnt from;
+      who waits: an actor, when `unrolls_in_flight` of its unrolls have not gone to a learner;
                  the learners, when the queue holds less than a batch
 
 This is A2C (Mnih et al., 2016) with: actors apart from learners, and V-trace for the difference
@@ -78,7 +78,7 @@ class Config(RunConfig):
     update_rule: Literal["async", "sync"] = "async"
     """"sync": actors wait for the update that their unrolls went into, as in batched A2C."""
     unrolls_in_flight: int = 2
-    """Unrolls asked of an actor and not yet learnt from: what bounds the lag."""
+    """Unrolls asked of an actor that have not gone to a learner: what bounds the lag."""
     updates_in_flight: int = 1
     """Batches at the learners at once; with 2 they never wait for the driver."""
     unrolls_per_batch: int = 1
@@ -146,8 +146,8 @@ class Config(RunConfig):
         at_least(self, 0.0, "c_bar", "learning_rate", "value_cost", "entropy_cost")
         above(self, 0.0, "rho_bar", "rmsprop_epsilon")
         within(self, 0.0, 1.0, "discount", "lambda_", "rmsprop_decay", "replay_fraction")
-        if self.max_policy_lag is not None:
-            at_least(self, self.policy_delay, "max_policy_lag")
+        if self.max_policy_lag is not None:  # what even unrolls with the newest parameters may have
+            at_least(self, self.policy_delay + self.broadcast_period - 1, "max_policy_lag")
         most, fresh = self.num_actors * self.unrolls_in_flight, self.fresh_unrolls
         if not self.num_learners <= fresh <= most:
             raise ValueError(
@@ -159,9 +159,12 @@ class Config(RunConfig):
                 'update_rule: "sync" learns from one unroll of every actor at once: it needs'
                 " unrolls_in_flight 1 and num_actors unrolls_per_batch (besides replayed ones)"
             )
-        if self.env_id not in self.tasks or self.env_ids and self.stop_at_return is not None:
+        if self.replay_unrolls and fresh == self.unrolls_per_batch:
+            raise ValueError(f"replay_unrolls: of {fresh} unrolls_per_batch none is drawn there")
+        wrong = self.env_id not in self.tasks or len(self.tasks) > self.num_actors
+        if wrong or self.env_ids and self.stop_at_return is not None:
             raise ValueError(
-                "env_ids: must hold env_id; stop_at_return, for one task, must be None with them"
+                "env_ids: must hold env_id, have an actor for each task, and no stop_at_return"
             )
 
     @property
@@ -335,9 +338,9 @@ def turn(flow: Flow, env_steps: int) -> Turn:
 
 def book(run: Run, turns: list[Turn], flow: Flow) -> None:
     """Enters what turns brought into the run's books."""
+    run.extra["unrolls_dropped"] = flow.dropped
     for asked, metrics in turns:
         if isinstance(asked, Update):
-            run.extra["unrolls_dropped"] = flow.dropped
             acted = mean_metrics([unroll.report.metrics for unroll in asked.batch])
             metrics = acted | (metrics or {}) | lag_metrics(run.extra, asked)
             run.record(env_steps=0, learner_steps=1, metrics=metrics | task_scores(run.extra))
@@ -350,6 +353,7 @@ def book(run: Run, turns: list[Turn], flow: Flow) -> None:
 def units_of_work(config: Config) -> dict[str, Callable[[], object]]:
     """What `Cluster.measure` times, so that a virtual cluster is made of this computer's parts."""
     actor, learner, actions = Actor(config, 0), Learner(config), np.zeros(config.num_envs, int)
+    learner.drawn = 0  # "learn" is of one unroll, new or not
     _, unroll = actor.unroll(learner.weights())
     share = learner.gradient(unroll)
     return {
@@ -370,10 +374,9 @@ def make_optimizer(config: Config, flat: Flat) -> torch.optim.Optimizer:
 
 def make_network(config: Config) -> Any:
     """A network for the tasks' observations and actions, with or without memory."""
-    shape = common_shape(config.tasks, "impala")
+    observation, num_actions, _ = common_shape(config.tasks, "impala")
     torch.manual_seed(config.seed)
-    sizes = config.hidden_sizes, config.lstm_size
-    return make_actor_critic(shape.observation, shape.num_actions, *sizes)
+    return make_actor_critic(observation, num_actions, config.hidden_sizes, config.lstm_size)
 
 
 def make_policy(config: Config, network: nn.Module) -> Any:
@@ -396,9 +399,9 @@ def train(config: Config, runtime: Runtime | None = None) -> Result:
         runtime: an open one to run on; by default one of its own, as `config` says.
     """
     torch.set_num_threads(config.torch_threads)
+    vector = Flat(network := make_network(config)).vector.numpy()
     own = own_runtime(config, config.num_actors + config.num_learners, COSTS)
     with own if runtime is None else nullcontext(runtime) as rt:
-        vector = Flat(network := make_network(config)).vector.numpy()
         report = Report(config.unroll_length * config.num_envs, [], {})
         flow = remote_flow(rt, Actor, Learner, config, vector, report, row_bytes(config.tasks))
         learners = flow.learners

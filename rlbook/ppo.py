@@ -43,6 +43,7 @@ from rlbook.maths.losses import (
     value_loss,
 )
 from rlbook.parts.envs import Envs, make_envs, require_discrete
+from rlbook.parts.flat import Flat
 from rlbook.parts.networks import ActorCritic, SamplingPolicy, sample_action
 from rlbook.parts.surrogate import Batch, make_batch
 from rlbook.parts.unroll import collect_unroll
@@ -173,8 +174,9 @@ class Learner:
     """Several epochs of minibatches on each unroll."""
 
     def __init__(self, network: ActorCritic, config: Config) -> None:
-        self.network, self.config = network, config
-        self.optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate, fused=True)
+        self.network, self.config, self.flat = network, config, Flat(network)
+        rate = config.learning_rate
+        self.optimizer = torch.optim.Adam([self.flat.vector], lr=rate, fused=True)
         self.rng = np.random.default_rng([config.seed, 2])
         self.env_steps = self.learner_steps = 0
 
@@ -198,14 +200,12 @@ class Learner:
         for indices in self.minibatches(samples):
             minibatch = Batch(*(column[indices] for column in batch))
             loss, metrics = loss_function(self.network, minibatch, self.config)
-            self.optimizer.zero_grad()
+            self.flat.gradients.zero_()
             loss.backward()
-            norm = nn.utils.clip_grad_norm_(
-                self.network.parameters(), self.config.max_gradient_norm
-            )
+            norm = self.flat.clip(self.config.max_gradient_norm)
             self.optimizer.step()
             self.learner_steps += 1
-        return {**{k: v.item() for k, v in metrics.items()}, "gradient_norm": norm.item()}
+        return {**{k: v.item() for k, v in metrics.items()}, "gradient_norm": norm}
 
     def state_dict(self) -> dict[str, Any]:
         """Parameters, optimiser, shuffling, counters."""

@@ -3,23 +3,31 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
+import torch
 
 from benchmarks import (
     a3c,
     codecs,
     common,
+    dppo,
     envs,
     gorila,
+    impala,
     imports,
     parameter_server,
     peer,
     rate,
     replay,
+    rllib,
+    rllib_peer,
     solve,
     value_iteration,
     virtual,
@@ -197,23 +205,22 @@ def test_figures_tell_a_missed_target() -> None:
     assert [row["reached"] for row in solve.figures(failed, ["ppo"])] == [False, False]
 
 
-class Model:
-    """What the peer's clock asks of a model: CartPole by a hand-written rule, or always left."""
-
-    seed = 1
+class Rule:
+    """A policy: CartPole by a hand-written rule, or always to the left."""
 
     def __init__(self, balances: bool) -> None:
         self.balances = balances
 
-    def predict(self, observation: np.ndarray, deterministic: bool) -> tuple[np.ndarray, None]:
-        assert deterministic
+    def initial_state(self, num_envs: int) -> None:
+        pass
+
+    def act(self, observation: np.ndarray, state: Any, first: np.ndarray, rng: Any) -> Any:
         push = observation[:, 2] + 0.5 * observation[:, 3] + 0.02 * observation[:, 1] > 0
-        return (push if self.balances else 0 * push).astype(np.int64), None
+        return (push if self.balances else 0 * push).astype(np.int64), state
 
 
 def clock(balances: bool) -> peer.Clock:
-    settings = peer.Settings(num_envs=2, total_steps=1, greedy=True, note="")
-    made = peer.Clock(Model(balances), settings, "CartPole-v1", 100.0, math.inf)
+    made = peer.Clock(Rule(balances), 2, 1, "CartPole-v1", 100.0, math.inf)
     made.start()
     return made
 
@@ -221,14 +228,13 @@ def clock(balances: bool) -> peer.Clock:
 def test_the_peers_clock_confirms_with_fresh_episodes() -> None:
     """99 good training episodes are too few; the 100th asks for a confirmation, which counts."""
     good, poor = clock(balances=True), clock(balances=False)
-    episode = [{"episode": {"r": 200.0}}]
     for made in (good, poor):
-        assert all(made.step(episode) for _ in range(99)) and made.evaluations == 0
-    assert not good.step(episode)
+        assert all(made.book(1, [200.0]) for _ in range(99)) and made.evaluations == 0
+    assert not good.book(1, [200.0])
     assert good.evaluation_return_mean is not None and good.evaluation_return_mean >= 100.0
-    assert poor.step(episode) and poor.evaluations == 1 and not poor.returns
-    assert poor.evaluation_return_mean is None
-    assert good.env_steps == poor.env_steps == 100
+    assert good.row()["solved"] and good.row()["env_steps"] == 100
+    assert poor.book(1, [200.0]) and poor.evaluations == 1 and not poor.returns
+    assert poor.evaluation_return_mean is None and not poor.row()["solved"]
     assert poor.paused_s > 0
 
 
@@ -236,6 +242,163 @@ def test_the_peers_schedule_falls_to_a_tenth() -> None:
     schedule = peer.falling(1e-3, 1_000)
     left = [1 - steps / peer.LONGEST_RUN for steps in (0, 500, 900, 1_000, 50_000)]
     assert [schedule(x) for x in left] == pytest.approx([1e-3, 5e-4, 1e-4, 1e-4, 1e-4], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_dppo(tmp_path: Path) -> None:
+    rows = written(dppo, tmp_path)["rows"]
+    assert [(row["system"], row["what"]) for row in rows] == [(s, "rate") for s in dppo.SYSTEMS]
+    assert all(row["steps/s"] > 0 and row["solved"] is None for row in rows)
+
+
+@pytest.mark.slow
+def test_impala(tmp_path: Path) -> None:
+    (bound,) = written(impala, tmp_path)["rows"]
+    ceiling = (bound["ceiling before"] + bound["ceiling after"]) / 2
+    assert bound["fraction"] == pytest.approx(bound["training steps/s"] / ceiling)
+    # No process steps more than 1,000 times a second if each step takes a millisecond of its core.
+    assert max(bound["ceiling before"], bound["ceiling after"]) <= 2_000 * 1.01
+    assert bound["training steps/s"] <= 2_000 * 1.01
+
+
+@pytest.mark.slow
+def test_rllib(tmp_path: Path) -> None:
+    document = written(rllib, tmp_path)
+    assert [row["what"] for row in document["rows"]] == ["until solved", "rate"]
+    (line,) = document["summary"]
+    assert line["solved"] == "1 of 1" and line["seconds"] == document["rows"][0]["wall_time_s"]
+    assert document["peer_versions"] == {}  # a quick run leaves RLlib out
+
+
+def rllib_lines(seconds: float | str, theirs: float | str, rate: float = 300.0) -> list[common.Row]:
+    line = {"seconds": 3.0, "steps/s": 10.0, "memory MB": 900.0}
+    ours = {name: {"library": "rlbook", "system": name, **line} for name in rllib.SYSTEMS["rlbook"]}
+    peers = {name: {"library": "RLlib", "system": name, **line} for name in rllib.SYSTEMS["RLlib"]}
+    ours["impala"]["seconds"], ours["impala_throughput"]["steps/s"] = seconds, rate
+    peers["impala"]["seconds"], peers["ppo"]["memory MB"] = theirs, 950.0
+    return [*ours.values(), *peers.values()]
+
+
+def test_the_figures_beside_rllib() -> None:
+    def reached(*lines: Any) -> list[bool]:
+        return [row["reached"] for row in rllib.figures(rllib_lines(*lines), 90.0)]
+
+    assert reached(4.0, 50.0) == [True] * 6
+    assert reached(4.0, 39.0) == [True, False, True, True, True, True]
+    assert reached(4.0, ">90") == [True] * 6  # at least 90 / 4 times sooner
+    assert reached(9.5, ">90") == [False, False, True, True, True, True]
+    assert reached("not solved", 50.0) == [False, False, True, True, True, True]
+    assert reached(4.0, 50.0, 199.0) == [True, True, False, True, True, True]
+    lines = rllib_lines(4.0, 50.0)
+    lines[2]["memory MB"] = 901.0
+    assert [row["reached"] for row in rllib.figures(lines, 90.0)] == [True] * 5 + [False]
+
+
+def test_a_line_beside_rllib() -> None:
+    rate = {**run_of("RLlib", 10.0), "env_steps_per_s": 5.0}
+    slow = [run_of("RLlib", s, s < 90) for s in (30.0, 90.2, 50.0, 90.4, 91.0)]
+    line = rllib.summary(slow, rate, 90.0)
+    assert (line["solved"], line["seconds"], line["slowest"]) == ("2 of 5", ">90", ">90")
+    line = rllib.summary([*slow[:4], run_of("RLlib", 60.0)], rate, 90.0)
+    assert (line["seconds"], line["slowest"], line["steps/s"]) == (60.0, ">90", 5.0)
+
+
+class Piece:
+    """A piece of an episode, as an env runner of RLlib hands it over."""
+
+    def __init__(self, name: str, value: float, ends: bool) -> None:
+        self.id_, self.value, self.is_done = name, value, ends
+
+    def get_return(self) -> float:
+        return self.value
+
+
+def test_a_turn_of_rllib_without_an_episode_has_no_returns() -> None:
+    def turn(found: object) -> dict[str, dict[str, object]]:
+        return {"env_runners": {rllib_peer.RETURNS: found}}
+
+    assert rllib_peer.returns_of(turn([9.0, 12.0])) == [9.0, 12.0]
+    assert rllib_peer.returns_of(turn(float("nan"))) == []
+    assert rllib_peer.returns_of({"env_runners": {}}) == []
+
+
+def test_episodes_are_added_up_from_their_pieces() -> None:
+    pieces = rllib_peer.Pieces()
+    assert pieces.ended([Piece("a", 50.0, False), Piece("b", 50.0, False)]) == []
+    assert pieces.ended([Piece("b", 7.0, True), Piece("c", 9.0, True)]) == [57.0, 9.0]
+    assert pieces.ended([Piece("a", 50.0, False)]) == []
+    assert pieces.ended([Piece("a", 1.0, True), Piece("b", 2.0, True)]) == [101.0, 2.0]
+
+
+class Algorithm:
+    """What is asked of RLlib's algorithm: its module, and the learner's parameters."""
+
+    def __init__(self) -> None:
+        self.learner_group, self.shift = self, 0.0
+
+    def get_module(self) -> Any:
+        return self
+
+    def get_weights(self) -> dict[str, float]:
+        return {"default_policy": math.log(3.0)}
+
+    def set_state(self, state: float) -> None:
+        self.shift = state
+
+    def forward_exploration(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        right = batch["obs"][:, 0] + self.shift
+        return {"action_dist_inputs": torch.stack([torch.zeros_like(right), right], dim=1)}
+
+
+def test_rllibs_policy_is_sampled_with_the_learners_parameters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rllib_peer, "filter_of", lambda _: (np.full(1, 8.0), np.full(1, 2.0)))
+    rng, first = np.random.default_rng(0), np.zeros(4_000, dtype=bool)
+    for filtered, seen in ((False, 0.0), (True, 8.0)):
+        policy = rllib_peer.LearnersPolicy(Algorithm(), filtered)
+        policy.initial_state(4_000)
+        actions, _ = policy.act(np.full((4_000, 1), seen), None, first, rng)
+        assert actions.mean() == pytest.approx(0.75, abs=0.03)
+    actions, _ = policy.act(np.full((4_000, 1), 10.0), None, first, rng)  # (10 − 8) / 2 = 1
+    assert actions.mean() == pytest.approx(3 * math.e / (1 + 3 * math.e), abs=0.03)
+
+
+def test_the_median_of_runs_of_which_most_are_not_solved_is_no_number() -> None:
+    row = {"system": "dppo", "what": "until solved", "solved": True}
+    rows = [{**row, "seconds": seconds} for seconds in (1.0, 2.0, 9.0)]
+    rows += [{**row, "system": "ppo", "seconds": 0.1}, {**row, "what": "rate", "seconds": 0.1}]
+    assert common.seconds_to_solved(rows, "dppo") == 2.0
+    rows[0]["solved"] = False
+    assert common.seconds_to_solved(rows, "dppo") == 9.0
+    rows[1]["solved"] = False
+    assert common.seconds_to_solved(rows, "dppo") is None
+
+
+def test_flags_that_are_not_the_usual_ones_are_told() -> None:
+    flags = common.parser("")
+    flags.add_argument("--seeds", type=int, default=5)
+    flags.add_argument("--cap", type=float, default=60.0)
+    flags.add_argument("--systems", nargs="+", default=["ppo"])
+    options = flags.parse_args(["--seeds", "2", "--systems", "a", "b"])
+    names = ("seeds", "cap", "systems")
+    assert common.unusual(flags, options, *names) == ["--seeds 2", "--systems a b"]
+
+
+def test_a_process_is_ended_with_all_that_it_started() -> None:
+    code = (
+        "import subprocess, sys, time;"
+        "inner = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
+        "print(inner.pid, flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    inner = psutil.Process(int(process.stdout.readline()))
+    common.end_family(process)
+    process.stdout.close()
+    assert process.returncode != 0
+    gone, alive = psutil.wait_procs([inner], timeout=30)
+    assert not alive or alive[0].status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_failing_process_is_told() -> None:

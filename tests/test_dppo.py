@@ -19,6 +19,7 @@ import torch
 
 from rlbook import dppo, ppo
 from rlbook.data import AgentOutput, Unroll, tree_map
+from rlbook.harness.checkpoint import load_checkpoint
 from rlbook.harness.result import Result
 from rlbook.harness.run import Run
 from rlbook.parts import acting
@@ -30,7 +31,9 @@ from rlbook.parts.unroll import collect_unroll
 from rlbook.plumbing import served_rounds
 from rlbook.plumbing.cluster import Cluster, Crash, Node
 from rlbook.plumbing.crew import CrewError
+from rlbook.plumbing.lockstep import Conducted
 from rlbook.plumbing.runtime import ActorDiedError, RayRuntime
+from rlbook.plumbing.served_rounds import ServedRounds
 from rlbook.plumbing.virtual import VirtualRuntime
 from tests.runs import assert_same_run, ctrl_c_at, same_parameters
 
@@ -433,6 +436,25 @@ def test_what_is_kept_acts_as_what_was_trained(name, tmp_path):
     assert result.evaluate(5).returns.tolist() == kept.evaluate(5).returns.tolist()
 
 
+def test_every_worker_draws_for_itself_one_that_replaces_another_too():
+    """Environments, actions, and the order of rows."""
+    born = [dppo.Worker(QUICK, 0), dppo.Worker(QUICK, 1), dppo.Worker(QUICK, 0, born=1)]
+    seen = {worker.envs.env_output.observation.tobytes() for worker in born}
+    draws = {rng.random() for worker in born for rng in (worker.sampler.rng, worker.rng)}
+    assert len(seen) == 3 and len(draws) == 6
+    again = dppo.Worker(QUICK, 0)
+    assert again.envs.env_output.observation.tobytes() in seen
+    assert {again.sampler.rng.random(), again.rng.random()} < draws
+
+
+def test_slices_of_the_largest_gradient_are_together_as_long_as_it_may_be():
+    config = replace(SERVED, num_shards=4, max_gradient_norm=3.0)
+    slices = [np.full(5, 100.0) for _ in range(4)]
+    limit = dppo.server_settings(config).max_mean_norm
+    scaled = [part * limit / np.linalg.norm(part) for part in slices]
+    assert np.isclose(np.linalg.norm(np.concatenate(scaled)), 3.0)
+
+
 # -- stragglers ------------------------------------------------------------------------------------
 
 SLOW_ENVS = dppo.COSTS | {"env_step": 2e-3}
@@ -459,6 +481,17 @@ def test_a_straggler_is_cut_short_and_the_others_wait_less(watched, monkeypatch)
         whole = {length for who, length in lengths if who != 2}
         assert whole == {16} and (cut == {4} if preempt else cut == {16})
     assert rates[True] > 2 * rates[False]
+
+
+def test_who_was_cut_short_is_known_to_be_slow(tmp_path):
+    """After one round: speed is steps taken, not steps asked for."""
+    config = replace(QUICK, num_workers=3, preempt=True, balance=True, total_env_steps=200)
+    config = replace(config, run_dir=str(tmp_path / "run"))
+    result = run_on(config, costs=SLOW_ENVS, stragglers={"Worker 1": 4.0}, jitter=0.0)
+    assert result.learner_steps == config.minibatches
+    parts = load_checkpoint(tmp_path / "run" / "checkpoint.npz", "dppo")["parts"]
+    fast, slow, other = parts["workers"]["pace"]["speeds"]
+    assert np.isclose(fast, other, rtol=0.1) and 3.0 < fast / slow < 5.0
 
 
 def test_who_has_taken_little_is_not_cut_however_late():
@@ -498,7 +531,8 @@ def test_unequal_computers_are_balanced_too_with_a_server(monkeypatch):
 
 
 def test_a_hollow_run_predicts_the_same_clock_and_plays_hundreds():
-    for config in (replace(QUICK, num_workers=4), replace(SERVED, num_workers=4)):
+    observing = {"num_workers": 4, "normalize_observations": True}
+    for config in (replace(QUICK, num_workers=4), replace(SERVED, **observing)):
         rates = []
         for hollow in (False, True):
             with virtual(hollow=hollow) as runtime:
@@ -533,6 +567,14 @@ def test_a_dead_worker_is_replaced_and_the_others_go_on(name, restart_s, watched
             assert all(torch.equal(vectors[0], vector) for vector in vectors)
             made = [worker.updates for worker in watched[0].values()]
             assert set(made) == {result.learner_steps}
+            rounds = result.env_steps / (3 * config.num_envs * config.unroll_length)
+            assert result.learner_steps > 0.9 * rounds * config.minibatches, "nothing is forgotten"
+
+
+def test_a_rollout_in_which_somebody_died_is_not_taken_up_again(watched):
+    half = 0.5 * run_on(RUNS["all_reduce"], costs=SLOW_ENVS).wall_time_s
+    run_on(RUNS["all_reduce"], costs=SLOW_ENVS, crashes=(Crash("Worker 1", at_s=half),))
+    assert max(map(len, watched[1])) <= QUICK.num_envs * QUICK.unroll_length
 
 
 def test_the_adder_and_a_shard_may_die_too():
@@ -540,6 +582,56 @@ def test_the_adder_and_a_shard_may_die_too():
         half = 0.5 * run_on(RUNS[name]).wall_time_s
         result = run_on(RUNS[name], crashes=(Crash(who, at_s=half),))
         assert result.stopped_because == "total_env_steps"
+
+
+def observed(folder) -> list[float]:
+    """By each worker that a checkpoint holds: how many observations its normaliser knows of."""
+    parts = load_checkpoint(folder / "checkpoint.npz", "dppo")["parts"]
+    found = []
+    for member in parts["workers"]["members"] if "workers" in parts else parts["team"]["actors"]:
+        network = dppo.make_network(OBSERVING["server"], make_envs("CartPole-v1", 1, 0))
+        network.load_state_dict(member["network"])
+        network.normalizer.renew()
+        found.append(network.normalizer.rows.max().item())
+    return found
+
+
+OBSERVING = {name: replace(run, normalize_observations=True) for name, run in RUNS.items()}
+
+
+@pytest.mark.parametrize("name", OBSERVING)
+def test_who_dies_at_rest_is_replaced_before_anybody_is_asked_what_it_knows(
+    name, tmp_path, monkeypatch
+):
+    """Before, in and after the last drain: what all have observed is in the new one too."""
+    config, slow = OBSERVING[name], {"Worker 1": 3.0}
+    kind, times = Conducted if config.wiring == "all_reduce" else ServedRounds, []
+
+    def noting(self):
+        times.append(self.now)
+        brought = drain(self)
+        times.append(self.now)
+        return brought
+
+    drain = kind.drain
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "drain", noting)
+        run_on(config, stragglers=slow)
+    begin, end = times
+    for worker, at_s in ((0, begin + 1e-6), (1, end - 2e-3), (0, end + 1e-6)):
+        folder = tmp_path / str(at_s)
+        crashes = (Crash(f"Worker {worker}", at_s=at_s),)
+        result = run_on(replace(config, run_dir=str(folder)), stragglers=slow, crashes=crashes)
+        assert same_parameters(result, Result.load(folder))
+        assert min(observed(folder)) > 0.8 * result.env_steps
+
+
+def test_with_a_server_a_run_ends_when_nobody_is_left_who_knows_what_was_observed():
+    config = replace(SERVED, num_workers=1)
+    crashes = (Crash("Worker 0", at_s=0.5 * run_on(config).wall_time_s),)
+    assert run_on(config, crashes=crashes).stopped_because == "total_env_steps"
+    with pytest.raises(ActorDiedError, match="all workers died: resume from the last checkpoint"):
+        run_on(replace(config, normalize_observations=True), crashes=crashes)
 
 
 def test_if_nobody_is_left_who_knows_the_run_ends_with_a_clear_word():
@@ -586,6 +678,11 @@ def test_two_processes_are_two_virtual_ones_bit_for_bit(capfd, tmp_path):
     parts = ("env", "inference", "gradient", "waiting")
     fractions = [result.metrics[f"{part}_time_fraction"] for part in parts]
     assert min(fractions) > 0 and 0.5 < sum(fractions) < 1
+    rounds = result.learner_steps / config.minibatches
+    vector = sum(p.numel() for p in result.policy.network.parameters())
+    sums = config.minibatches * 4 * vector  # 2 (N − 1)/N of a vector each; and some statistics
+    steps = result.env_steps / 2 / rounds  # on average; the metric is of the last round
+    assert 0.9 * sums < result.metrics["bytes_per_env_step"] * steps < 1.2 * sums
     assert same_parameters(result, Result.load(tmp_path / "run"))
     more = {"total_env_steps": 4_000, "run_dir": None}
     resumed = dppo.train(replace(config, resume=str(tmp_path / "run"), **more))
@@ -630,6 +727,22 @@ def test_a_killed_process_is_replaced_by_one_that_learns_from_the_others(monkeyp
     assert {"Worker 0", "Worker 1", "Worker 2", "Worker 3"} <= {s.who for s in result.spans}
     assert all(torch.equal(seen["vectors"][0], vector) for vector in seen["vectors"])
     assert min(seen["made"]) > seen["updates"] and len(seen["made"]) == 1
+
+
+def test_a_process_killed_at_rest_is_replaced_before_a_checkpoint(monkeypatch, tmp_path):
+    def kill_and_keep(run: Run) -> None:
+        crew = run.parts["workers"].crew
+        os.kill(crew.pids[1], signal.SIGKILL)
+        run.checkpoint()
+        state = load_checkpoint(tmp_path / "run" / "checkpoint.npz", "dppo")
+        one, other = state["parts"]["workers"]["members"]
+        assert crew.born == [0, 1] and one["updates"] == other["updates"] == run.learner_steps > 0
+        for name, value in one["network"].items():
+            assert np.array_equal(value, other["network"][name]), name
+
+    with at_env_steps(1_500, kill_and_keep, monkeypatch):
+        result = dppo.train(replace(REAL, run_dir=str(tmp_path / "run")))
+    assert result.stopped_because == "total_env_steps" and result.env_steps >= 3_000
 
 
 def test_if_the_only_process_dies_the_run_ends_with_a_clear_word(monkeypatch):

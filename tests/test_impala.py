@@ -20,6 +20,7 @@ from rlbook.parts.flat import Flat
 from rlbook.parts.recurrent import unrolled
 from rlbook.parts.unroll_replay import side_by_side
 from rlbook.plumbing.cluster import Cluster, Crash, Node
+from rlbook.plumbing.crew import Crew, CrewError
 from rlbook.plumbing.faults import sigkill
 from rlbook.plumbing.flow import Flow
 from rlbook.plumbing.learner_group import LearnerGroup
@@ -302,8 +303,8 @@ def test_real_learners_reduce_among_themselves():
             assert group.answer(metrics)["gradient_norm"] > 0
         states = group.state_dict()["learners"]
         found = group.parameters()
-        broken, _ = group.update([0, "too much"], [runtime.put(unroll) for unroll in batch])
-        with pytest.raises(TypeError):
+        broken, _ = group.update([0], [runtime.put(unroll) for unroll in (batch[0], "no unroll")])
+        with pytest.raises(AttributeError, match="'str' object has no attribute"):
             group.answer(broken)
         result = ip.train(replace(config, total_env_steps=20_000), runtime)
     assert result.stopped_because == "total_env_steps" and np.isfinite(result.metrics["loss"])
@@ -311,6 +312,44 @@ def test_real_learners_reduce_among_themselves():
     assert np.array_equal(states[0]["parameters"], states[1]["parameters"])
     assert np.allclose(found, one.newest().values, atol=1e-5)
     assert states[0]["version"] == states[1]["version"] == 5
+
+
+def test_real_learners_without_a_row_stay_and_one_that_fails_keeps_nobody_waiting():
+    config = replace(QUICK, num_learners=2, unrolls_per_batch=2)
+    actor, one = ip.Actor(config, 0), ip.Learner(config)
+    _, unroll = actor.unroll(one.weights())
+    row = unroll.env_outputs
+    nothing = unroll._replace(env_outputs=row._replace(first=np.ones_like(row.first)))
+    with Crew(ip.Learner, lambda rank, _: (config, rank), 2) as learners:
+        learners.ask(0, "host", "127.0.0.1")
+        _, port = learners.first()
+        learners.each("meet", [("127.0.0.1", port, rank, 2) for rank in range(2)])
+        for metrics, weights in learners.each("update", [([0], nothing)] * 2):
+            assert metrics["gradient_norm"] == 0.0
+            assert np.array_equal(weights.values, one.weights().values)
+        for metrics, weights in learners.each("update", [([0], nothing), ([0], unroll)]):
+            assert metrics["gradient_norm"] > 0.0 and np.isfinite(weights.values).all()
+        learners.ask(0, "update", [0], unroll)
+        learners.ask(1, "update", [0], "no unroll")
+        words = []
+        for _ in range(2):  # with the limit of two minutes, if it is not told
+            with pytest.raises(CrewError) as failed:
+                learners.first()
+            words.append(str(failed.value))
+    assert "AttributeError" in words[0] + words[1]
+    assert "GroupBroken" in words[0] + words[1] and "Timed out" not in words[0] + words[1]
+
+
+def test_every_actor_draws_for_itself_one_that_replaces_another_too():
+    """Environments and actions."""
+    born = [ip.Actor(QUICK, 0), ip.Actor(QUICK, 1), ip.Actor(QUICK, 0, born=1)]
+    seen = {actor.envs.env_output.observation.tobytes() for actor in born}
+    draws = {actor.sampler.rng.random() for actor in born}
+    assert len(seen) == len(draws) == 3
+    again = ip.Actor(QUICK, 0)
+    assert (
+        again.envs.env_output.observation.tobytes() in seen and again.sampler.rng.random() in draws
+    )
 
 
 # -- what is in flight -----------------------------------------------------------------------------
@@ -524,8 +563,9 @@ def test_real_actors_killed_by_sigkill_are_replaced(capfd):
         replace(QUICK, unrolls_per_batch=3, optimizer="adam"),
         replace(QUICK, unrolls_per_batch=4, num_learners=2, policy_delay=3, broadcast_period=2),
         replace(QUICK, unrolls_per_batch=4, replay_unrolls=10, lstm_size=8),
+        replace(QUICK, env_id="rlbook/Catch-v0", env_ids=("rlbook/Memory-v0", "rlbook/Catch-v0")),
     ],
-    ids=["sync", "async", "delayed", "replay"],
+    ids=["sync", "async", "delayed", "replay", "tasks"],
 )
 def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch, config):
     """The power fails after a checkpoint; what is resumed ends as if it had not."""
@@ -627,6 +667,17 @@ def test_replayed_unrolls_fill_their_part_of_a_batch(monkeypatch):
     assert min(drawn.values()) > 850
 
 
+def test_learners_share_out_what_is_replayed_and_draw_each_for_itself():
+    config = replace(QUICK, num_actors=4, num_learners=2, unrolls_per_batch=6, replay_unrolls=9)
+    learners = [ip.Learner(config, rank) for rank in range(2)]
+    assert config.fresh_unrolls == 3 and [learner.drawn for learner in learners] == [2, 1]
+    _, unroll = ip.Actor(config, 0).unroll(learners[0].weights())
+    for learner in learners:
+        learner.replay.add([unroll._replace(version=number) for number in range(9)])
+    first, second = ([u.version for u in learner.replay.draw(30)] for learner in learners)
+    assert first != second
+
+
 # -- several tasks ---------------------------------------------------------------------------------
 
 
@@ -691,6 +742,15 @@ def test_the_step_size_falls_to_zero_and_the_sum_is_clipped_as_a_sum():
     assert np.isclose(np.linalg.norm(share.gradient) * unroll.valid.sum(), norms[0], rtol=1e-4)
 
 
+def test_a_step_of_rmsprop_by_hand():
+    config = replace(QUICK, learning_rate=0.1, rmsprop_decay=0.6, rmsprop_epsilon=0.25)
+    learner = ip.Learner(config)
+    before, learner.flat.gradients[0] = learner.newest().values[0], 0.4
+    learner.step(0)
+    expected = before - 0.1 * 0.4 / math.sqrt((1 - 0.6) * 0.4**2 + 0.25)
+    assert math.isclose(learner.newest().values[0], expected, rel_tol=1e-5)
+
+
 def test_a_policy_that_is_said_to_be_new_learns_from_old_data_as_if_it_were():
     """Far from the behaviour policy, V-trace trusts the data less: its advantages are smaller."""
     config = replace(QUICK, **COUNTED, lambda_=1.0, entropy_cost=0.0)
@@ -722,10 +782,14 @@ def test_a_policy_that_is_said_to_be_new_learns_from_old_data_as_if_it_were():
         ({"lambda_": 1.5}, "lambda_: must be between"),
         ({"replay_fraction": 2.0}, "replay_fraction: must be between"),
         ({"max_policy_lag": 1, "policy_delay": 2}, "max_policy_lag: must be at least 2"),
+        ({"max_policy_lag": 1, "broadcast_period": 3}, "max_policy_lag: must be at least 2"),
+        ({"replay_unrolls": 9}, "replay_unrolls: of 1 unrolls_per_batch none"),
         ({"unrolls_per_batch": 5}, "unrolls_per_batch: 5 new unrolls a batch"),
         ({"num_learners": 2}, "unrolls_per_batch: 1 new unrolls a batch"),
         ({"update_rule": "sync"}, 'update_rule: "sync" learns from one unroll of every actor'),
         ({"env_ids": ("rlbook/Catch-v0",)}, "env_ids: must hold env_id"),
+        ({"env_ids": "CartPole-v1"}, "env_ids: must be a tuple of words"),
+        ({"env_ids": ("CartPole-v1",) * 3}, "env_ids: .* an actor for each task"),
         ({"env_ids": ("CartPole-v1",), "stop_at_return": 1.0}, "stop_at_return"),
     ],
 )

@@ -65,7 +65,7 @@ class RunConfig(BaseConfig):
 
 
 def _check_type(field: str, kind: Any, value: Any) -> None:
-    """ValueError if a number is none, or if a size (a tuple's items) is no integer >= 1."""
+    """ValueError if a number is none, a size (a tuple's items) no integer >= 1, a word no text."""
     if kind in (int, float, int | None, float | None):
         whole = kind in (int, int | None)
         allowed = int | None if whole else int | float | None
@@ -79,6 +79,10 @@ def _check_type(field: str, kind: Any, value: Any) -> None:
         sizes = value if isinstance(value, tuple) else (None,)
         if not all(type(size) is int and size >= 1 for size in sizes):
             raise ValueError(f"{field}: must be whole numbers of at least 1, got {value!r}")
+    if kind == tuple[str, ...]:
+        words = value if isinstance(value, tuple) else (None,)
+        if not all(isinstance(word, str) for word in words):
+            raise ValueError(f"{field}: must be a tuple of words, got {value!r}")
 
 
 def at_least(config: Any, minimum: float, *fields: str) -> None:

@@ -169,10 +169,12 @@ FAMILY = {
     "02_td": Box(4.4, 0.0, "02 TD\nsamples, tables"),
     "03_dqn": Box(8.8, 1.6, "03 DQN\n2013–15"),
     "04_policy_gradient": Box(8.8, -1.6, "04 policy gradient\nA2C, PPO"),
-    "05_parallelism": Box(4.4, -3.2, "05 parallelism\nRay, virtual cluster", width=3.6),
-    "06_parameter_server": Box(13.2, -3.2, "06 parameter server\n2012–14", width=3.6),
-    "07_gorila": Box(17.6, 1.6, "07 Gorila\n2015"),
-    "08_a3c": Box(17.6, -1.0, "08 A3C\n2016"),
+    "05_parallelism": Box(4.4, -4.2, "05 parallelism\nRay, virtual cluster", width=3.6),
+    "06_parameter_server": Box(13.2, -4.2, "06 parameter server\n2012–14", width=3.6),
+    "07_gorila": Box(16.8, 1.6, "07 Gorila\n2015"),
+    "08_a3c": Box(18.2, -0.6, "08 A3C\n2016"),
+    "09_dppo": Box(18.2, -2.7, "09 distributed PPO\n2017–19", width=3.6),
+    "11_impala": Box(22.6, -0.6, "11 IMPALA\n2018"),
 }
 """The systems that the book has so far, by chapter."""
 
@@ -186,6 +188,9 @@ DESCENT = [
     Arrow("06_parameter_server", "07_gorila"),
     Arrow("04_policy_gradient", "08_a3c"),
     Arrow("06_parameter_server", "08_a3c"),
+    Arrow("04_policy_gradient", "09_dppo"),
+    Arrow("06_parameter_server", "09_dppo"),
+    Arrow("08_a3c", "11_impala"),
 ]
 
 

@@ -2,7 +2,8 @@
 
 import ast
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from statistics import median
 from typing import NamedTuple
 
 from rlbook.harness.records import Record
@@ -74,6 +75,36 @@ def league_table(rows: Iterable[Row]) -> str:
             str(row.code_lines),
         )
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+TRAFFIC = {
+    "updates late (mean)": (("policy_lag_mean", "staleness_mean"), ".1f"),
+    "bytes per env step": (("bytes_per_env_step",), ",.0f"),
+    "replay ratio": (("replay_ratio",), ".1f"),
+    "learner idle": (("learner_idle_fraction",), ".0%"),
+    "worker waits for others": (("waiting_time_fraction",), ".0%"),
+}
+"""Column → the metrics that may fill it, and how it is written."""
+
+
+def traffic_table(records: Mapping[str, Record]) -> str:
+    """How late, how much and how idle, as a Markdown table: medians over those seeds of each
+    record that know; a dash where a system has no such thing or does not measure it.
+    """
+    lines = ["| system | " + " | ".join(TRAFFIC) + " |", "|---|" + "---:|" * len(TRAFFIC)]
+    for name, record in records.items():
+        found = {
+            metric: [run.metrics[metric] for run in record.runs if metric in run.metrics]
+            for metrics, _ in TRAFFIC.values()
+            for metric in metrics
+        }
+        cells = [
+            next((format(median(found[one]), form) for one in metrics if found[one]), "–")
+            for metrics, form in TRAFFIC.values()
+        ]
+        if set(cells) != {"–"}:
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -106,7 +106,8 @@ def env_ceiling_of(config: Any) -> float | None:
     """What the environments of a config alone can step a second: as many copies in as many
     processes, side by side. None for a system without environments.
     """
-    copies, processes = getattr(config, "num_envs", 0), getattr(config, "num_workers", 1)
+    copies = getattr(config, "num_envs", 0)
+    processes = getattr(config, "num_workers", getattr(config, "num_actors", 1))
     if not copies:
         return None
     if processes == 1:

@@ -62,7 +62,7 @@ def explain(
     """
     numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
     timeline = _without_beginnings(Timeline.of(spans or ()))
-    found = shares(timeline)
+    found = _less_waits_within(shares(timeline), numbers.get("waiting_time_fraction", 0.0))
     if not found:
         return _from_metrics(numbers, config)
     kind, cause = _bottleneck(found)
@@ -81,6 +81,18 @@ def explain(
         (*sentences, *_division(numbers), *guess, *_traffic(numbers)),
         _advice(bound, kind, config, numbers, slow),
     )
+
+
+def _less_waits_within(found: dict[str, Shares], waited: float) -> dict[str, Shares]:
+    """Those who act may wait for their peers within a call; their metrics know for how long."""
+    return {
+        kind: share
+        if SERVING.search(kind) or INFERRING.search(kind)
+        else share._replace(
+            work=(1 - waited) * share.work, waiting=share.waiting + waited * share.work
+        )
+        for kind, share in found.items()
+    }
 
 
 def _bottleneck(found: Mapping[str, Shares]) -> tuple[str, str]:
@@ -141,15 +153,15 @@ def _from_metrics(numbers: Mapping[str, float], config: Any) -> Diagnosis:
 
 def _verdict(bound: Bound, kind: str, mine: Shares) -> str:
     """The first sentence."""
-    who = f"{kind}s" if mine.processes > 1 else kind
+    who, were = (f"{kind}s", "were") if mine.processes > 1 else (kind, "was")
     if bound == "wire":
         return (
-            f"Bound by the wire: for {_percent(mine.wire)} of the time the {who} were idle and"
+            f"Bound by the wire: for {_percent(mine.wire)} of the time the {who} {were} idle and"
             " nothing that they could wait for worked; messages were on their way."
         )
     if bound == "waiting":
         return (
-            f"Bound by waiting: for {_percent(mine.waiting)} of the time the {who} were idle"
+            f"Bound by waiting: for {_percent(mine.waiting)} of the time the {who} {were} idle"
             " until a slower one was through."
         )
     names = {"env": "environments", "inference": "inference", "learner": "learner"}
@@ -212,6 +224,7 @@ def _advice(
         "env": [
             *setting("num_envs", "more copies that step together cost less each"),
             *setting("num_workers", "more workers, as long as cores are free"),
+            *setting("num_actors", "more actors, as long as cores are free"),
             "a faster environment: a vector entry point, fewer wrappers, arrays without copies",
         ],
         "inference": [
@@ -222,6 +235,7 @@ def _advice(
         "learner": [
             *(setting("num_shards", "more shards that share the work") if serving else []),
             *([] if serving else setting("num_workers", "more workers that share the gradients")),
+            *setting("num_learners", "more learners that share each batch"),
             *setting("unroll_length", "fewer and larger gradients, of longer unrolls"),
             *setting("hidden_sizes", "a smaller network"),
             "a GPU for the gradients, or a faster optimiser step",
@@ -229,6 +243,7 @@ def _advice(
         "wire": [
             *(setting("compression", "fewer bytes a gradient") if heavy else []),
             *setting("calls_in_flight", "more calls on their way at once"),
+            *setting("unrolls_in_flight", "more unrolls on their way, and more lag"),
             *setting("unroll_length", "fewer and larger messages, of longer unrolls"),
             *setting("num_envs", "more environment steps for each message"),
             *([] if heavy else setting("compression", "fewer bytes a gradient")),

@@ -34,7 +34,15 @@ class Flat:
 
     def clip(self, max_norm: float) -> float:
         """Scales the gradient down to Euclidean norm `max_norm`; returns its norm before."""
-        norm = torch.linalg.vector_norm(self.gradients).item()
-        if norm > max_norm:
-            self.gradients.mul_(max_norm / norm)
-        return norm
+        return clip_to_norm(self.gradients, max_norm)
+
+
+def clip_to_norm(gradient: torch.Tensor, max_norm: float) -> float:
+    """Scales a vector `[P]` down to Euclidean norm `max_norm`, in place; returns its norm before.
+
+    Unlike `clip_grad_norm_` of PyTorch, which divides by the norm + 1e-6, to that very norm.
+    """
+    norm = torch.linalg.vector_norm(gradient).item()
+    if norm > max_norm:
+        gradient.mul_(max_norm / norm)
+    return norm

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rlbook.maths.moments import Moments, merge_moments
+from rlbook.parts.networks import NatureTorso
 
 LIMIT = 10.0
 """No normalised observation is further from 0."""
@@ -84,10 +85,15 @@ class Normalized(nn.Module):
     Args:
         network: observations `[N, ...]` → logits `[N, A]`, values `[N]`.
         shape: of one observation.
+
+    Raises:
+        ValueError: the network takes Atari's frames, which it scales itself.
     """
 
     def __init__(self, network: nn.Module, shape: tuple[int, ...]) -> None:
         super().__init__()
+        if isinstance(getattr(network, "torso", None), NatureTorso):
+            raise ValueError("normalize_observations: must be False for frames, which are bytes")
         self.normalizer, self.network = Normalizer(shape), network
 
     def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:

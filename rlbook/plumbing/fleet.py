@@ -72,9 +72,12 @@ class Fleet:
             self.actors[place] = self._make_actor(place, self.born[place])
 
     def settle(self) -> None:
-        """Waits until all are there and have done what they were asked."""
-        for place in range(len(self.actors)):
-            self.replace_if_dead(place)
+        """Waits until all are there and have done what they were asked; replaces the dead."""
+        try:
+            self.runtime.get([actor.alive.remote() for actor in self.actors])
+        except ActorDiedError:
+            for place in range(len(self.actors)):
+                self.replace_if_dead(place)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of every actor; nothing may be in flight."""

@@ -7,9 +7,9 @@
     in_flight: reference ──► Asked (an unroll) or Update (a batch)      queue: finished, FIFO
 
 Back-pressure is the size of what is in flight: an actor may have so many unrolls begun, finished or
-waiting that nobody has learnt from; the learners so many batches. Data goes from actors to learners
-by references that nobody here opens. The mean lag follows from those two numbers; its maximum is
-bounded only where too old unrolls are dropped.
+waiting that have not gone to a learner; the learners so many batches. Data goes from actors to
+learners by references that nobody here opens. The mean lag follows from those two numbers; its
+maximum is bounded only where too old unrolls are dropped.
 """
 
 from collections import Counter, deque
@@ -147,6 +147,7 @@ class Flow:
                 self.learn(*arguments)
             turns.append(self.first())
         self.learners.settle()
+        self.actors.settle()  # one may have died since it gave its unroll
         self._drop(list(self.queue))
         self._begin()
         return turns

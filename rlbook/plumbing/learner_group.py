@@ -22,8 +22,9 @@ import numpy as np
 import torch
 
 from rlbook.parts.flat import Flat
+from rlbook.plumbing.group import GroupBroken, broken_if_it_fails
 from rlbook.plumbing.param_server import Alive
-from rlbook.plumbing.runtime import RayRuntime, Reference, Runtime
+from rlbook.plumbing.runtime import ActorDiedError, RayRuntime, Reference, Runtime
 
 TIMEOUT_S = 120.0
 """A learner that waits longer for the others gives up."""
@@ -49,11 +50,13 @@ class Share(NamedTuple):
 
 
 def combined(shares: Sequence[Share], average: bool) -> np.ndarray:
-    """The gradient `[P]` of the whole batch: Σ w g, divided by Σ w if it is an average."""
+    """The gradient `[P]` of the whole batch: Σ w g, divided by Σ w if it is an average; 0 where no
+    row of the batch counts.
+    """
     if average and len(shares) == 1:  # x·w/w is not always x
         return shares[0].gradient
     total = np.sum([share.weight * share.gradient for share in shares], axis=0)
-    return total / sum(share.weight for share in shares) if average else total
+    return total / max(1.0, sum(share.weight for share in shares)) if average else total
 
 
 class Peer(Alive):
@@ -90,7 +93,11 @@ class Peer(Alive):
         for the actors if it is time.
         """
         began = time.perf_counter()
-        metrics, weights = self.apply(arguments, self._reduced(self.gradient(*unrolls)))
+        try:
+            metrics, weights = self.apply(arguments, self._reduced(self.gradient(*unrolls)))
+        except Exception:
+            self._leave()
+            raise
         if self.metered:
             ended = time.perf_counter()
             metrics["learner_idle_fraction"] = (began - self._ended_at) / (ended - self._ended_at)
@@ -162,9 +169,17 @@ class Peer(Alive):
         gradient = torch.from_numpy(share.gradient)
         weight = gradient.new_tensor([share.weight])
         whole = torch.cat([gradient * weight, weight])
-        distributed.all_reduce(whole)
-        mean = whole[:-1] / whole[-1] if self.average else whole[:-1]
+        with broken_if_it_fails():
+            distributed.all_reduce(whole)
+        mean = whole[:-1] / whole[-1].clamp(min=1) if self.average else whole[:-1]
         return share._replace(gradient=mean.numpy(), weight=1.0)
+
+    def _leave(self) -> None:
+        """Who waits for this one learns at once that it does not come."""
+        from torch import distributed
+
+        if self.size > 1 and distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 class LearnerGroup:
@@ -179,8 +194,8 @@ class LearnerGroup:
     def __init__(self, runtime: Runtime, make_learner: Callable[[int], Any], size: int) -> None:
         self.runtime = runtime
         self.learners = [make_learner(rank) for rank in range(size)]
-        self._others: dict[Reference, list[Reference]] = {}
-        """What the others answer to an update of learner 0."""
+        self._answers: dict[Reference, list[Reference]] = {}
+        """Metrics of an update by learner 0 → what all learners answer to it."""
         self._meets = size > 1 and isinstance(runtime, RayRuntime)
         if self._meets:
             self._introduce()
@@ -206,18 +221,18 @@ class LearnerGroup:
                 learner.apply.options(num_returns=2).remote(arguments, *gradients)
                 for learner in self.learners
             ]
-        (metrics, weights), *others = calls
-        self._others[metrics] = [one for one, _ in others]
+        metrics, weights = calls[0]
+        self._answers[metrics] = [reference for call in calls for reference in call]
         return [metrics, weights]
 
     def answer(self, metrics: Reference) -> dict[str, float]:
         """The metrics of an update. An error of any learner is raised here."""
-        others = self._others.pop(metrics)
         try:
-            return self.runtime.get(metrics)
+            found = self.runtime.get(metrics)
         except Exception:
-            self.runtime.get(others)  # who waited for the others in vain is not to blame
-            raise
+            raise self._cause() from None
+        del self._answers[metrics]
+        return found
 
     def weights(self) -> Reference:
         """The parameters that actors get now."""
@@ -242,6 +257,21 @@ class LearnerGroup:
         pairs = zip(self.learners, state["learners"], strict=True)
         with self.runtime.off_the_clock():
             self.runtime.get([learner.load_state_dict.remote(kept) for learner, kept in pairs])
+
+    def _cause(self) -> Exception:
+        """Why updates fail: a learner's death, or else what one of them raised first. Who waited
+        for the others in vain is not to blame.
+        """
+        errors = []
+        for reference in [one for answers in self._answers.values() for one in answers]:
+            try:
+                self.runtime.get(reference)
+            except Exception as error:
+                errors.append(error)
+        self._answers.clear()
+        deaths = [error for error in errors if isinstance(error, ActorDiedError)]
+        raised = [error for error in errors if not isinstance(error, GroupBroken)]
+        return (deaths or raised or errors)[0]
 
     def _introduce(self) -> None:
         """The learners meet, at the first one's place."""

@@ -56,6 +56,10 @@ class Lockstep:
         )
         self.meetings = self.updates = self.mended = 0
         """Groups so far; updates in all rounds that were completed; rounds that were lost."""
+        self._met = list(self.crew.born)
+        """How many had died in each place when all met."""
+        self._in_vain = 0
+        """Rounds in a row that were lost though nobody had died."""
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> Self:
@@ -93,8 +97,7 @@ class Lockstep:
 
     def turn(self) -> Turn:
         """One round of all."""
-        if not self.meetings:
-            self.meet()
+        self.agree()
         born, reports = list(self.crew.born), {}
         for index in range(self.crew.size):
             self.crew.ask(index, "round")
@@ -104,24 +107,34 @@ class Lockstep:
                 reports[answer[0]] = answer[1]
                 waiting.discard(answer[0])
             waiting -= {index for index in waiting if self.crew.born[index] != born[index]}
-        found = [reports.get(index) for index in range(self.crew.size)]
-        if self.crew.born != born or None in found:
+        found: list[Any] = [reports.get(index) for index in range(self.crew.size)]
+        if None in found or len({report.updates for report in found}) > 1:
             self.mend()
             return [], ()
-        self.updates = found[0].updates  # type: ignore[union-attr]
+        self.updates, self._in_vain = found[0].updates, 0
         return found, ()
 
     def drain(self) -> Turn:
         """Nothing is in flight between two rounds."""
         return [], ()
 
+    def agree(self) -> None:
+        """Sees to it that all have met, and that nobody is new among them."""
+        while self.crew.born != self._met:
+            self.mend()
+        if not self.meetings:
+            self.meet()
+
     def mend(self) -> None:
         """Everybody learns what the most advanced knows, and all meet anew.
 
-        CrewError if nobody is left who knows what was learnt.
+        CrewError if nobody is left who knows what was learnt, or if it is in vain.
         """
         self.mended += 1
         best = max(self.crew.each("knowledge"), key=lambda known: known["updates"])
+        self._in_vain += self.crew.born == self._met
+        if self._in_vain > 3:
+            raise CrewError("nobody dies, but rounds fail: does one take minutes for a rollout?")
         if best["updates"] < self.updates:
             raise CrewError("all workers died: resume from the last checkpoint")
         self.crew.each("learn_from", [(best,)] * self.crew.size)
@@ -130,7 +143,7 @@ class Lockstep:
     def meet(self) -> None:
         """A new group of all."""
         assert self._folder is not None
-        self.meetings += 1
+        self.meetings, self._met = self.meetings + 1, list(self.crew.born)
         meeting = str(Path(self._folder.name) / f"meeting-{self.meetings}")
         size = self.crew.size
         self.crew.each("join", [(meeting, rank, size) for rank in range(size)])
@@ -140,8 +153,12 @@ class Lockstep:
         return self.crew.timeline()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of every worker."""
-        return {**self.crew.state_dict(), "updates": self.updates}
+        """The state of every worker; who died since the last round is replaced before."""
+        while True:
+            self.agree()
+            state = self.crew.state_dict()
+            if self.crew.born == self._met:
+                return {**state, "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state_dict`."""
@@ -214,7 +231,11 @@ class Conducted:
         return reports, ()
 
     def drain(self) -> Turn:
-        """Nothing is in flight between two rounds."""
+        """Nothing is in flight between two rounds; who died since the last one is replaced."""
+        try:
+            self.runtime.get([one.alive.remote() for one in [*self.workers, self.adder]])
+        except ActorDiedError:
+            self.mend()
         return [], ()
 
     def collect(self) -> None:

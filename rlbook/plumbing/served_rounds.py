@@ -20,7 +20,7 @@ from rlbook.plumbing.deeds import StandIn
 from rlbook.plumbing.group import Pace
 from rlbook.plumbing.lockstep import rollout_costs
 from rlbook.plumbing.param_server import ParameterServer, shard_bounds
-from rlbook.plumbing.runtime import RayRuntime, Runtime
+from rlbook.plumbing.runtime import ActorDiedError, RayRuntime, Reference, Runtime
 from rlbook.plumbing.shard import Gradient, Receipt, Weights
 from rlbook.plumbing.team import Answer, Team
 from rlbook.plumbing.timeline import Timeline
@@ -75,7 +75,10 @@ class ServedRounds:
     def pull(self, network: torch.nn.Module, flat: Flat) -> None:
         """Brings the newest parameters to `flat`, and to `network` what else it needs."""
         if self.observing:
-            network.load_state_dict(self.runtime.get(self.team.workers[0].policy.remote()))
+            self.settle()
+            state = self.runtime.get(self.team.workers[0].policy.remote())
+            if state is not None:  # in a hollow run nobody has observed anything
+                network.load_state_dict(state)
         np.copyto(flat.vector.numpy(), self.server.weights())
 
     def turn(self) -> Turn:
@@ -120,9 +123,9 @@ class ServedRounds:
                 team.start(index, [k, *server.pull()])
             elif team.may_start(index) and rollouts:
                 team.start(index, [self.pace.length, *server.pull()], "rollout", 1)
+        busy = {index for index, _ in team.in_flight.values()}
         if (answer := team.first()) is None:
-            busy = {index for index, _ in team.in_flight.values()}
-            self.welcome(set(range(self.pace.size)) - busy)
+            self.welcome(busy - {index for index, _ in team.in_flight.values()})
             return [], []
         k = self.stage[answer.worker]
         if k == ROLLOUT:
@@ -149,19 +152,43 @@ class ServedRounds:
             more, fates = self.asynchronous(rollouts=False)
             reports, receipts = reports + more, receipts + fates
         self.server.settle()
+        self.settle()
         return reports, receipts + self.server.receipts()
+
+    def settle(self) -> None:
+        """Waits until all have done what they were told; welcomes those who are new by then."""
+        try:
+            self.runtime.get([worker.alive.remote() for worker in self.team.workers])
+        except ActorDiedError:
+            born = list(self.team.born)
+            self.team.settle()
+            self.welcome({i for i, before in enumerate(born) if self.team.born[i] != before})
+            self.runtime.get([worker.alive.remote() for worker in self.team.workers])
 
     def welcome(self, new: set[int]) -> None:
         """Those who are new in a dead one's place begin with a rollout; an older one tells them
         what has been observed.
+
+        ActorDiedError if nobody is left who knows that.
         """
-        old = [index for index in range(self.pace.size) if index not in new]
         for index in new:
             self.stage[index] = ROLLOUT
             self.pace.forget(index)
-            if old and self.observing:
-                known = self.team.workers[old[0]].knowledge.remote()
+        if new and self.observing:
+            known = self.knowledge([i for i in range(self.pace.size) if i not in new])
+            for index in new:
                 self.team.workers[index].learn_from.remote(known)
+
+    def knowledge(self, old: Sequence[int]) -> Reference:
+        """Of the first of these who lives."""
+        for index in old:
+            known = self.team.workers[index].knowledge.remote()
+            try:
+                self.runtime.get(known)
+            except ActorDiedError:
+                continue
+            return known
+        raise ActorDiedError("all workers died: resume from the last checkpoint")
 
     def timeline(self) -> Timeline:
         """Who worked on what."""

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from rlbook.parts.flat import clip_to_norm
 from rlbook.parts.optim import RMSProp
 from rlbook.plumbing.codecs import DeltaEncoder, ErrorFeedback, Identity, decode, make_codec
 from rlbook.plumbing.gate import Gate
@@ -154,7 +155,7 @@ class Shard:
         if taken:
             np.copyto(self.parameters.grad.numpy(), weighted_mean(taken))  # type: ignore[union-attr]
             if self.settings.max_mean_norm is not None:
-                torch.nn.utils.clip_grad_norm_([self.parameters], self.settings.max_mean_norm)
+                clip_to_norm(self.parameters.grad, self.settings.max_mean_norm)  # type: ignore[arg-type]
             self.optimizer.step()
             self.version += 1
         return Receipt(self.version, staleness, refused)

@@ -94,6 +94,13 @@ def test_without_metrics_the_names_of_methods_divide_it(method: str, bound: str)
     assert "guessed" not in str(explain(spans, SPLIT, CONFIG))
 
 
+def test_waits_within_a_call_are_no_work() -> None:
+    spans = streams(2, work=1.0, idle=0.01, push=0.001)
+    assert explain(spans, {**SPLIT, "waiting_time_fraction": 0.2}, CONFIG).bound_by == "env"
+    found = explain(spans, {**SPLIT, "waiting_time_fraction": 0.7}, CONFIG)
+    assert found.bound_by == "waiting" and "for 68 % of the time" in found.sentences[0]
+
+
 def test_a_server_for_inference_that_never_rests() -> None:
     spans: Spans = [("InferenceServer 0", "step", float(k), k + 0.97) for k in range(50)]
     spans += [("Actor 0", "unroll", k + 0.97, k + 1.0) for k in range(50)]

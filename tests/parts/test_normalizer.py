@@ -1,6 +1,7 @@
 """The normaliser: what it makes of observations, when statistics move, what is kept."""
 
 import numpy as np
+import pytest
 import torch
 
 from rlbook.maths.moments import moments
@@ -51,3 +52,8 @@ def test_what_is_kept_includes_what_has_been_noted():
     for mine, theirs in zip(network(x), other(x), strict=True):
         assert torch.equal(mine, theirs)
     assert not torch.equal(network(x)[1], network.network(x)[1])
+
+
+def test_frames_are_refused():
+    with pytest.raises(ValueError, match="normalize_observations: must be False for frames"):
+        Normalized(ActorCritic((4, 84, 84), 3), (4, 84, 84))

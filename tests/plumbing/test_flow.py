@@ -8,7 +8,8 @@ from rlbook.parts.flat import Flat
 from rlbook.plumbing.cluster import Cluster, Crash, Node
 from rlbook.plumbing.fleet import Fleet
 from rlbook.plumbing.flow import Flow, Update, lag_metrics, remote_flow
-from rlbook.plumbing.learner_group import Peer, Share, combined
+from rlbook.plumbing.group import GroupBroken
+from rlbook.plumbing.learner_group import LearnerGroup, Peer, Share, combined
 from rlbook.plumbing.param_server import Alive
 from rlbook.plumbing.runtime import ActorDiedError
 from rlbook.plumbing.virtual import VirtualRuntime
@@ -116,6 +117,17 @@ def test_a_dead_actor_is_replaced_and_gets_as_much_to_do():
     assert len(newborn) > 10
 
 
+def test_an_actor_that_dies_at_rest_is_replaced_before_it_is_asked_what_it_knows():
+    slow, crashes = {"Actor 0": 20.0}, (Crash("Actor 1", at_s=0.08),)
+    with runtime(stragglers=slow, crashes=crashes) as rt:
+        flow = flow_of(rt, num_actors=2, unrolls_in_flight=1)
+        turns(flow, 3)
+        assert rt.now < 0.08, "Actor 1 has nothing to do while Actor 0 finishes its unroll"
+        flow.drain(0)
+        assert rt.now > 0.1 and flow.actors.born == [0, 1]
+        rt.get([actor.alive.remote() for actor in flow.actors.actors])
+
+
 def test_a_fleet_gives_up_when_nobody_lives():
     crashes = tuple(Crash(f"Actor {i}", at_s=0.0) for i in range(40))
     with pytest.raises(ActorDiedError):
@@ -140,6 +152,35 @@ def test_shares_are_weighed_by_rows_where_the_loss_is_a_mean():
     assert combined(shares, average=True) == (1 * 3 + 2 * 6) / 3
     assert combined(shares, average=False) == 1 * 3 + 2 * 6
     assert combined(shares[:1], average=True) is shares[0].gradient
+    nothing = Share(np.array([0.0]), 0.0, {})
+    assert combined([nothing, nothing], average=True) == 0.0, "rows between episodes alone"
+
+
+class Failing(Alive):
+    """A learner that raises what it was made with."""
+
+    def __init__(self, error) -> None:
+        self.error = error
+
+    def update(self, arguments, *unrolls):
+        raise self.error
+
+
+@pytest.mark.parametrize("blamed", [0, 1])
+def test_who_waited_in_vain_is_not_to_blame(blamed):
+    errors = [GroupBroken("the others did not come")] * 2
+    errors[blamed] = ValueError("a bad batch")
+    for crashes in ((), (Crash(f"Failing {blamed}", at_s=0.01),)):
+        with runtime(crashes=crashes) as rt:
+            remote = rt.remote(Failing)
+            group = LearnerGroup(rt, lambda rank: remote.remote(errors[rank]), 2)  # noqa: B023
+            group._meets = True  # as if on real processes: each is asked for an update
+            group.settle()
+            rt.now = 0.02
+            metrics, _ = group.update([0], [rt.put(0)] * 2)
+            kind = ActorDiedError if crashes else ValueError
+            with pytest.raises(kind, match="a bad batch|died"):
+                group.answer(metrics)
 
 
 def test_lags_are_counted():

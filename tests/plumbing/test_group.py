@@ -1,11 +1,14 @@
 """Groups: sums and gatherings of real processes, who dies; pace and haste by hand."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from rlbook.plumbing.crew import Crew
+from rlbook.plumbing.crew import Crew, CrewError
 from rlbook.plumbing.group import Adder, Group, GroupBroken, Haste, Pace, held
+from rlbook.plumbing.lockstep import Lockstep
 from rlbook.plumbing.runtime import ActorDiedError
 
 
@@ -55,6 +58,46 @@ def test_who_waits_for_a_dead_one_learns_of_it_and_may_meet_anew(tmp_path):
         assert sorted(answers) == [(0, "broken"), (2, "broken")] and crew.born == [0, 1, 0]
         crew.each("join", [(str(tmp_path / "b"), 3)] * 3)
         assert crew.each("wait") == ["whole"] * 3
+
+
+class InVain:
+    """A worker whose sums fail every time; for tests."""
+
+    def __init__(self, config, index, born, metered, memory) -> None:
+        self.learnt = 0
+
+    def join(self, meeting, rank, size):
+        pass
+
+    def round(self):
+        return None
+
+    def knowledge(self):
+        return {"updates": 0}
+
+    def learn_from(self, knowledge):
+        self.learnt += 1
+
+    def load_state_dict(self, state):
+        pass
+
+    def count(self):
+        return self.learnt
+
+
+def test_rounds_that_fail_for_ever_end_the_run():
+    with Lockstep(InVain, SimpleNamespace(num_workers=2)) as team:
+        assert team.turn() == ([], ()) and team.crew.each("count") == [1, 1], "once may be chance"
+        with pytest.raises(CrewError, match="nobody dies, but rounds fail"):
+            for _ in range(5):
+                team.turn()
+
+
+def test_after_resuming_too_workers_who_know_less_are_not_believed():
+    with Lockstep(InVain, SimpleNamespace(num_workers=2)) as team:
+        team.load_state_dict({"members": [{}, {}], "updates": 5})
+        with pytest.raises(CrewError, match="all workers died"):
+            team.turn()
 
 
 def test_the_adder_adds_in_order_and_leaves_one_vector_alone():
