@@ -79,7 +79,7 @@ def importance_weights(
     _check_exponent(exponent)
     if size < 1:
         raise ValueError(f"size must be at least 1, not {size}")
-    least = probabilities.min()
+    least: Any = probabilities.min()
     if not bool(least > 0):
         raise ValueError("probabilities must be positive: what cannot be drawn has no weight")
     if smallest is not None:
