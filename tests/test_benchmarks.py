@@ -15,6 +15,7 @@ import torch
 
 from benchmarks import (
     a3c,
+    apex,
     codecs,
     common,
     dppo,
@@ -28,6 +29,7 @@ from benchmarks import (
     replay,
     rllib,
     rllib_peer,
+    seed_rl,
     solve,
     value_iteration,
     virtual,
@@ -62,6 +64,14 @@ def test_a3c(tmp_path: Path) -> None:
     assert [row["what"] for row in rows] == ["a3c", "a3c_locked", "a2c"]
     assert rows[1]["updates lost"] == 0.0 and rows[2]["updates lost"] is None
     assert all(row["steps/s"] > 0 and row["env steps"] >= 4_000 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="no redis-server")
+def test_apex(tmp_path: Path) -> None:
+    rows = written(apex, tmp_path)["rows"]
+    assert [row["system"] for row in rows] == ["apex", "apex_redis", "dqn"]
+    assert all(row["what"] == "rate" and row["steps/s"] > 0 for row in rows)
 
 
 @pytest.mark.slow
@@ -259,6 +269,31 @@ def test_impala(tmp_path: Path) -> None:
     # No process steps more than 1,000 times a second if each step takes a millisecond of its core.
     assert max(bound["ceiling before"], bound["ceiling after"]) <= 2_000 * 1.01
     assert bound["training steps/s"] <= 2_000 * 1.01
+
+
+@pytest.mark.slow
+def test_seed_rl(tmp_path: Path) -> None:
+    *roads, run = written(seed_rl, tmp_path)["rows"]
+    assert [row["road"] for row in roads] == list(seed_rl.ROADS)
+    assert all(row["ours/s"] > 0 and row["bare/s"] > 0 for row in roads)
+    assert all(row["bytes"] == 84 * 84 * 4 + 9 for row in roads)
+    assert (run["system"], run["what"]) == ("seed_rl", "rate") and run["steps/s"] > 0
+
+
+def test_the_figures_of_seed_rl() -> None:
+    def reached(ours: float, share: float, rate: float, seconds: float) -> list[bool]:
+        run = {"system": "seed_rl", "solved": True, "seconds": seconds, "steps/s": rate}
+        rows: list[common.Row] = [
+            {"road": "unix", "what": "round trips", "ours/s": ours, "share": share},
+            {"road": "tcp", "what": "round trips", "ours/s": 1.0, "share": 0.1},
+            {**run, "what": "until solved"},
+            {**run, "what": "rate"},
+            {**run, "system": "seed_rl_throughput", "what": "rate", "steps/s": 1.0},
+        ]
+        return [row["reached"] for row in seed_rl.figures(rows)]
+
+    assert reached(4_000.0, 0.85, 110_000.0, 6.0) == [True] * 4
+    assert reached(3_999.0, 0.84, 109_000.0, 6.1) == [False] * 4
 
 
 @pytest.mark.slow
