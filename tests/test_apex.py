@@ -15,7 +15,7 @@ from rlbook.harness.result import Result
 from rlbook.harness.run import Run
 from rlbook.maths.exploration import epsilon_ladder
 from rlbook.maths.priorities import importance_weights
-from rlbook.parts.replay import Sample
+from rlbook.parts.replay import PrioritizedReplay, Sample
 from rlbook.plumbing.cluster import Cluster, Crash, Node
 from rlbook.plumbing.faults import sigkill
 from rlbook.plumbing.learner_group import Vector
@@ -264,6 +264,28 @@ def test_the_target_is_copied_every_so_many_updates():
     assert copies == [3, 6]
 
 
+def test_the_optimiser_is_the_one_that_was_asked_for():
+    settings = {"learning_rate": 0.01, "optimizer_epsilon": 0.5}
+    found = []
+    for name in ("adam", "rmsprop"):
+        learner = apex.Learner(replace(QUICK, optimizer=name, **settings))
+        learner.learn(*parts_of(32))
+        rules = learner.optimizer.defaults
+        assert (rules["lr"], rules["eps"]) == (0.01, 0.5)
+        found.append((type(learner.optimizer).__name__, rules.get("centered")))
+    assert found == [("Adam", None), ("RMSProp", True)]
+
+
+def test_gradients_are_scaled_down_to_the_limit():
+    given, updates = [], []
+    for limit in (1e9, 1e-3):
+        learner = apex.Learner(replace(QUICK, updates_per_call=1, max_gradient_norm=limit))
+        given.append(learner.learn(*parts_of(16))[0]["gradient_norm"])
+        updates.append(float(learner.flat.gradients.norm()))
+    assert given[0] == pytest.approx(given[1]) and given[0] > 1e-2
+    assert updates == pytest.approx([given[0], 1e-3], rel=1e-3)
+
+
 # -- the virtual cluster ---------------------------------------------------------------------------
 
 
@@ -291,6 +313,40 @@ def test_the_replay_ratio_is_what_was_asked_for(ratio):
     assert result.extra["samples"] / rows == pytest.approx(ratio, rel=0.12)
     drawn = result.extra["samples"] / result.env_steps
     assert result.metrics["replay_ratio"] == pytest.approx(drawn, rel=0.05)
+
+
+def test_the_driver_sees_no_experience():
+    """It gets reports and, at the end, parameters; rows, keys and priorities go by."""
+    seen, get = [], VirtualRuntime.get
+
+    def kinds(tree):
+        yield type(tree).__name__
+        if isinstance(tree, list | tuple):
+            for branch in tree:
+                yield from kinds(branch)
+
+    def watching(self, references, **options):
+        answer = get(self, references, **options)
+        seen.extend(kinds(answer))
+        return answer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VirtualRuntime, "get", watching)
+        train(QUICK)
+    assert {"Report", "ShardReport"} <= set(seen) and seen.count("Vector") == 1
+    assert not {"Made", "Part", "Priorities", "Sample", "Transition"} & set(seen)
+
+
+def test_bytes_are_those_of_draws_chunks_and_parameters():
+    result = train(QUICK)
+    vector = sum(4 * p.numel() for p in result.policy.network.parameters())
+    row = apex.item_bytes(QUICK) - 8
+    assert row == 2 * 16 + 8 + 4 + 4
+    chunks = result.env_steps / (QUICK.unroll_length * QUICK.num_envs)
+    expected = result.extra["samples"] * (row + 8) + chunks * vector + result.env_steps * (row + 4)
+    assert result.extra["wire_bytes"] == pytest.approx(expected, rel=0.05)
+    assert result.metrics["bytes_per_env_step"] > 0
+    assert result.extra["replay_nbytes"] == QUICK.replay_capacity * row
 
 
 def test_without_a_ratio_all_run_free():
@@ -325,6 +381,34 @@ def test_what_was_learnt_from_gets_new_priorities():
         patch.setattr(MemoryShard, "correct", watching)
         result = train(config)
     assert sum(rows) == result.extra["samples"] and all(changed)
+
+
+TINY = {"num_actors": 1, "num_envs": 1, "unroll_length": 1, "num_replays": 1, "batch_size": 1}
+TINY |= {"updates_per_call": 1, "learning_starts": 1, "rate_tolerance": 1, "total_env_steps": 60}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"update_rule": "sync"},
+        {"n_step": 9},  # longer than a chunk
+        {"replay_capacity": 1, "calls_in_flight": 1},
+        {"num_actors": 3, "num_replays": 3, "replay_capacity": 3},
+        {"prioritized": False, "scored_fraction": 0.0},
+    ],
+    ids=str,
+)
+def test_the_smallest_settings_run(settings):
+    result = train(replace(QUICK, **{**TINY, **settings}))
+    assert result.stopped_because == "total_env_steps" and 60 <= result.env_steps < 66
+    assert 3 * (60 - 20) < result.learner_steps <= 3 * 66
+
+
+def test_shards_hold_together_what_was_asked_for():
+    """Else so many would never be there, and learning would never start."""
+    config = replace(QUICK, num_replays=4, replay_capacity=101, learning_starts=101)
+    assert train(config).learner_steps > 100
 
 
 def test_a_hollow_run_predicts_the_same_clock():
@@ -487,6 +571,32 @@ def test_on_a_redis_server_of_its_own_it_learns_catch():
 
 
 @needs_redis
+def test_a_run_on_redis_is_resumed_with_what_the_server_held(tmp_path):
+    config = replace(CATCH, replay="redis", total_env_steps=3_000)
+    first = train(replace(config, run_dir=str(tmp_path / "run")), cores=4)
+    config = replace(config, resume=str(tmp_path / "run"), total_env_steps=4_000)
+    resumed = train(config, cores=4)  # on another server
+    assert resumed.metrics["replay_size"] > first.env_steps + 700
+    more = resumed.learner_steps - first.learner_steps
+    assert more * 64 == pytest.approx(3.0 * (resumed.env_steps - first.env_steps), rel=0.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "memory: a client of a server goes with replay 'redis'"),
+        ({"replay": "redis", "replay_capacity": 300}, "replay_capacity: is 300, but 400"),
+        ({"replay": "redis", "priority_exponent": 0.5}, "priority_exponent: is 0.5 .* but 0.6"),
+        ({"replay": "redis", "prioritized": False}, "priority_exponent: is 0 .* but 0.6"),
+    ],
+)
+def test_a_memory_that_is_not_what_the_config_says_is_refused(settings, words):
+    memory = PrioritizedReplay(400, 0.6)
+    with virtual() as runtime, pytest.raises(ValueError, match=words):
+        apex.train(replace(QUICK, **settings), runtime, memory)
+
+
+@needs_redis
 @pytest.mark.parametrize("persistence", ["none", "always"])
 def test_a_redis_server_is_killed_and_training_goes_on_after_its_restart(persistence):
     from rlbook.plumbing.redis_replay import RedisMemory
@@ -524,6 +634,7 @@ def test_a_redis_server_is_killed_and_training_goes_on_after_its_restart(persist
         ({"learning_starts": 500}, "learning_starts: must be at most replay_capacity"),
         ({"rate_tolerance": 15}, "rate_tolerance: must be at least half"),
         ({"samples_per_insert": 0.0}, "samples_per_insert: must be larger than 0"),
+        ({"samples_per_insert": None, "update_rule": "sync"}, "samples_per_insert: must be a num"),
         ({"weight_normalization": "sum"}, "weight_normalization"),
         ({"env_id": "Pendulum-v1"}, "needs a discrete one"),
         ({"replay_capacity": 10**12}, "replay_capacity: .* need"),

@@ -291,7 +291,12 @@ def remote_flow(
         made_bytes: of a chunk, likewise.
         chunk_rows: what a chunk counts as for the limiter.
         forwards: passes of the network for a chunk.
+
+    Raises:
+        ValueError: "sync" without a ratio, of which nothing would ever be owed.
     """
+    if config.update_rule == "sync" and config.samples_per_insert is None:
+        raise ValueError("samples_per_insert: must be a number with update_rule 'sync', got None")
     metered, k = isinstance(runtime, RayRuntime), config.updates_per_call
     client = () if replay.memory is None else (replay.memory,)
     actors = runtime.remote(

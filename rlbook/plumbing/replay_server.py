@@ -275,7 +275,7 @@ class ShardedReplay:
             self._note(index, report)
 
     def sample(self, rows: int) -> Draw | None:
-        """Rows of all shards. Waits only for the first report of a shard that is new."""
+        """Rows of all shards. Waits only for a shard that had nothing when it last reported."""
         if (dealt := self._shares()) is None:
             return None
         parts = []
@@ -337,12 +337,14 @@ class ShardedReplay:
             self._reports[index] = report
 
     def _report(self, index: int) -> ShardReport | None:
-        """The newest that is known of a shard; waits for its first."""
-        if self._reports[index] is None and (kept := self._kept[index]) is not None:
+        """The newest that is known of a shard; while it held nothing, what the newest add says."""
+        known, kept = self._reports[index], self._kept[index]
+        if kept is not None and (known is None or not known.size):
             try:
                 self._reports[index] = self.runtime.get(kept)
             except ActorDiedError:
-                self.mend()
+                if not self.mend():  # the shard lives: what was to be added died with its maker
+                    self.held[index] = 0
         return self._reports[index]
 
     def _shares(self) -> np.ndarray | None:

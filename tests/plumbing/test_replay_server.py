@@ -221,6 +221,32 @@ def test_a_shard_that_dies_before_its_first_report_is_replaced_and_the_others_ar
     assert np.allclose(parts[0].sample.probabilities, 1 / 4)
 
 
+class Maker:
+    """Makes four items."""
+
+    def make(self) -> Made:
+        return Made(Item(np.arange(4)), np.ones(4))
+
+
+def test_a_shard_that_had_nothing_when_it_last_reported_is_asked_again():
+    with virtual() as runtime:
+        replay = ShardedReplay(runtime, SETTINGS, 1, seed=1)
+        replay.stored(replay.add(runtime.put(None), 0))
+        assert len(replay) == 0 and replay.sample(2) is None
+        replay.add(runtime.put(Maker().make()), 4)
+        assert len(replay) == 4 and len(draw(runtime, replay, 2)[1][0].sample.keys) == 2
+
+
+def test_what_died_with_its_maker_is_not_waited_for():
+    with virtual(crashes=(Crash("Maker 0", at_s=0.0),)) as runtime:
+        replay = ShardedReplay(runtime, SETTINGS, 1, seed=1)
+        lost = replay.add(runtime.remote(Maker).remote().make.remote(), 4)
+        assert len(replay) == 4 and replay.sample(2) is None and len(replay) == 0
+        replay.stored(lost)
+        replay.stored(replay.add(runtime.put(Maker().make()), 4))
+        assert len(replay) == 4 and replay.sample(2) is not None
+
+
 def test_a_saved_server_draws_on_as_the_one_that_was_not():
     rng, states = np.random.default_rng(0), []
     for resumed in (False, True):
