@@ -441,7 +441,8 @@ def train(config: Config, runtime: Runtime | None = None, memory: Memory | None 
         policy = LivePolicy(GreedyPolicy(network), lambda: np.copyto(vector, flow.parameters()))
         entry = flow, item_bytes(config), 1
         with Run("apex", config, policy, flow.parts, lambda: rt.now, checkpoints="asked") as run:
-            run.extra["replay_nbytes"] = replay.nbytes
+            run.extra["replay_nbytes"] = size = replay.nbytes
+            run.say(f"{config.replay_capacity:,} transitions in replay: {size / 1e6:.1f} MB")
             while run.running():
                 book(run, [turn(flow)], *entry)
                 if run.checkpoint_due():

@@ -147,6 +147,13 @@ class Progress:
                 f"{self._title}: {steps:,} of {self._total:,}, {shown}, at most {left:.0f} s left"
             )
 
+    def say(self, text: str) -> None:
+        """A line of its own, once."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        elif self._in_notebook:
+            print(text)
+
     def close(self) -> None:
         """Ends the line."""
         if self._bar is not None:
