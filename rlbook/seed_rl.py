@@ -26,6 +26,7 @@ that no "abandoned" steps are needed; inference and learner share processor core
 Book: chapter 13
 """
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -36,34 +37,40 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlbook.data import EnvOutput, Unroll
-from rlbook.harness.config import RunConfig, above, at_least, one_of, within
+from rlbook.data import Unroll
+from rlbook.harness.config import RunConfig, above, accepted, at_least, at_most, one_of, within
 from rlbook.harness.measures import mean_metrics
 from rlbook.harness.run import Result, Run
 from rlbook.parts.acting import make_actor_critic, sampling_policy
-from rlbook.parts.central_acting import CentralSampler
-from rlbook.parts.envs import make_envs
+from rlbook.parts.central_acting import CentralQ, CentralSampler
+from rlbook.parts.envs import Envs, make_envs
 from rlbook.parts.flat import Flat
 from rlbook.parts.networks import LivePolicy
+from rlbook.parts.on_device import usable
 from rlbook.parts.optim import RMSProp
+from rlbook.parts.recurrent_q import make_q_network, q_policy
 from rlbook.parts.tasks import common_shape, row_bytes
 from rlbook.parts.unroll_replay import side_by_side
 from rlbook.parts.vtrace_loss import vtrace_losses
-from rlbook.plumbing.central import Stepped, Turn, Update
+from rlbook.plumbing.central import Turn, Update, check_waits
 from rlbook.plumbing.central_calls import CentralServer, called
 from rlbook.plumbing.cluster import own_runtime
 from rlbook.plumbing.inference import Inference, Who
 from rlbook.plumbing.learner_group import Peer, Share
 from rlbook.plumbing.runtime import Runtime
+from rlbook.plumbing.sequence_learner import SequenceFields, SequencePeer, scored
 from rlbook.plumbing.streamed import StreamWorker, streamed
-from rlbook.plumbing.streams import StreamSettings, Tls, check_address
+from rlbook.plumbing.streams import StreamFields
 from rlbook.plumbing.team import place_seed
 from rlbook.plumbing.transport import Schema
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
+class Config(StreamFields, SequenceFields, RunConfig):
     """Settings; the defaults solve CartPole-v1 in some seconds of training."""
+
+    learner: Literal["vtrace", "r2d2"] = "vtrace"
+    """IMPALA's; or R2D2's: a Q-network, and replay at the learner (see `SequenceFields`)."""
 
     num_envs: int = 64
     """Copies of the environment that a group steps together (B; 1 in most of the paper)."""
@@ -76,6 +83,12 @@ class Config(RunConfig):
     actions. On streams alone."""
     inference_batch: int = 64
     """Rows that make a batch (32 to 64 in the authors' settings)."""
+    num_inference: int = 1
+    """Servers that act: k, of which number i modulo k acts for worker i."""
+    device: str = "cpu"
+    """Where the learner is ("cpu", "cuda", "cuda:1", …)."""
+    inference_devices: tuple[str, ...] = ()
+    """Where the servers are, in turn; empty: beside the learner, on a stream of their own."""
     inference_timeout_s: float | None = 0.005
     """A smaller batch is acted upon when its oldest row has waited so long; None: never."""
     update_rule: Literal["async", "sync"] = "async"
@@ -122,16 +135,6 @@ class Config(RunConfig):
     """Fully connected layers of the torso (frames get convolutions)."""
     lstm_size: int = 0
     """Cells of an LSTM between torso and heads; 0 for none."""
-    address: str = "127.0.0.1:0"
-    """With "tcp": where the server listens; port 0 takes a free one."""
-    allow_remote: bool = False
-    """Let other computers reach the server."""
-    tls_certificate: str | None = None
-    """Of the server, a PEM file; with `tls_key` the streams are encrypted."""
-    tls_key: str | None = None
-    """The server's secret, a PEM file."""
-    silence_s: float = 30.0
-    """A worker, or a server, that owes a message and is silent for so long is given up."""
     runtime: Literal["ray", "virtual"] = "ray"
     """With calls: real processes, or the seeded virtual cluster."""
     ray_address: str | None = None
@@ -141,43 +144,30 @@ class Config(RunConfig):
         """Refuses bad values."""
         super().__post_init__()
         one_of(self, "wiring", ("unix", "tcp", "calls"))
+        one_of(self, "learner", ("vtrace", "r2d2"))
         one_of(self, "update_rule", ("async", "sync"))
         one_of(self, "correction", ("vtrace", "none"))
         one_of(self, "loss_reduction", ("mean", "sum"))
         one_of(self, "optimizer", ("rmsprop", "adam"))
         one_of(self, "runtime", ("ray", "virtual"))
         at_least(self, 1, "num_workers", "groups", "inference_batch", "unrolls_in_flight")
+        at_least(self, 1, "num_inference")
+        at_most(self, "num_inference", "num_workers")
         at_least(self, 1, "unrolls_per_batch", "updates_in_flight", "num_learners", "unroll_length")
         at_least(self, 0.0, "c_bar", "learning_rate", "value_cost", "entropy_cost", "lstm_size")
         above(self, 0.0, "rho_bar", "rmsprop_epsilon", "max_gradient_norm", "silence_s")
-        within(self, 0.0, 1.0, "discount", "lambda_", "rmsprop_decay")
+        within(self, 0.0, 1.0, "discount", "lambda_", "rmsprop_decay", "scored_fraction")
+        accepted(self, usable, "device", "inference_devices")
         if self.inference_timeout_s is not None:
             at_least(self, 0.0, "inference_timeout_s")
-        elif self.inference_batch > self.num_workers * self.num_envs:
-            raise ValueError(
-                f"inference_batch: {self.inference_batch} rows never wait at once where"
-                f" {self.num_workers} workers show {self.num_envs} each: it would wait for ever;"
-                " set inference_timeout_s"
-            )
         if self.wiring == "calls" and self.groups > 1:
             raise ValueError("groups: must be 1 with calls; more workers do the same")
-        if self.wiring != "calls" and self.num_learners > 1:
-            raise ValueError('num_learners: more than one needs wiring "calls"')
-        self._check_batches()
-        check_address(self.address, self.allow_remote)
-
-    def _check_batches(self) -> None:
-        slots, batch = self.num_workers * self.groups, self.unrolls_per_batch
-        if not self.num_learners <= batch <= slots * self.unrolls_in_flight:
-            raise ValueError(
-                f"unrolls_per_batch: {batch} must be one or more for each of {self.num_learners}"
-                f" learners, and no more than the {slots * self.unrolls_in_flight} ever in flight"
-            )
-        if self.update_rule == "sync" and (batch, self.unrolls_in_flight) != (slots, 1):
-            raise ValueError(
-                'update_rule: "sync" learns from one unroll of every group at once: it needs'
-                " unrolls_in_flight 1 and as many unrolls_per_batch as there are groups"
-            )
+        if self.num_learners > 1 and (self.wiring != "calls" or self.learner == "r2d2"):
+            raise ValueError('num_learners: more than one needs wiring "calls", learner "vtrace"')
+        self.check_streams()
+        check_waits(self)
+        if self.learner == "r2d2":
+            self.check_sequences()
 
     @property
     def all_envs(self) -> int:
@@ -217,6 +207,18 @@ PRESETS = {
         unroll_length=20,
         optimizer="adam",
     ),
+    "r2d2": Config(
+        env_id="rlbook/Memory-v0",
+        learner="r2d2",
+        num_envs=8,
+        inference_batch=16,
+        unroll_length=20,
+        discount=0.99,
+        learning_rate=1e-3,
+        max_gradient_norm=40.0,
+        hidden_sizes=(32,),
+        lstm_size=32,
+    ),
 }
 
 COSTS = {"env_step": 30e-6, "batch": 30e-6, "inference": 40e-6, "learn": 2.5e-3, "apply": 0.1e-3}
@@ -248,47 +250,24 @@ class EnvWorker(StreamWorker):
     def __init__(self, config: Config, index: int, born: int = 0) -> None:
         places = range(index * config.groups, (index + 1) * config.groups)
         seeds = [place_seed(config.seed, place, born) for place in places]
-        super().__init__(index, [make_envs(config.env_id, config.num_envs, s) for s in seeds])
-        self.steps = 0
-
-    def here(self) -> tuple[Stepped, EnvOutput]:
-        """With calls: where the copies stand."""
-        envs = self.groups[0]
-        return Stepped(self.steps, envs.episodes()), envs.env_output
-
-    def step(self, action: np.ndarray) -> tuple[Stepped, EnvOutput]:
-        """With calls: one step of B copies."""
-        self.steps += 1
-        self.groups[0].step(action)
-        return self.here()
-
-    def alive(self) -> bool:
-        """True; a call that only a living process answers."""
-        return True
-
-    def state_dict(self) -> dict[str, Any]:
-        """The environments, and the steps they took."""
-        return super().state_dict() | {"steps": self.steps}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from `state_dict`."""
-        super().load_state_dict(state)
-        self.steps = state["steps"]
+        super().__init__(index, [make_game(config, config.num_envs, seed) for seed in seeds])
 
 
-def make_inference(config: Config, kind: type[Inference] = Inference) -> Any:
-    """What acts: a network of its own, whose draws are those of IMPALA's actors."""
+def make_inference(config: Config, index: int = 0) -> Inference:
+    """What acts: a network of its own, whose draws are those of IMPALA's (R2D2's) actors."""
     flat = Flat(network := make_network(config))
-    seed = partial(place_seed, config.seed)
-    return kind(CentralSampler(network), flat.vector.numpy(), config.unroll_length, seed)
+    devices, replays = config.inference_devices or (config.device,), config.learner == "r2d2"
+    kind = partial(CentralQ, epsilon=config.epsilons) if replays else CentralSampler
+    agent, seed = kind(network, device=devices[index % len(devices)]), config.seed
+    return Inference(agent, flat.vector.numpy(), config.unroll_length, partial(place_seed, seed))
 
 
 class Server(CentralServer):
     """With calls: a process that acts."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, index: int = 0) -> None:
         torch.set_num_threads(config.torch_threads)
-        vars(self).update(vars(make_inference(config)))
+        vars(self).update(vars(make_inference(config, index)))
 
 
 class Learner(Peer):
@@ -296,7 +275,7 @@ class Learner(Peer):
 
     def __init__(self, config: Config, rank: int = 0, metered: bool = False) -> None:
         torch.set_num_threads(config.torch_threads)
-        self.network = make_network(config)
+        self.network = make_network(config).to(config.device)
         super().__init__(Flat(self.network), config, metered)
         self.optimizer = make_optimizer(config, self.flat)
 
@@ -308,7 +287,7 @@ class Learner(Peer):
         loss.backward()
         weight = float(batch.valid.sum()) if self.average else 1.0
         found = {name: value.item() for name, value in metrics.items()}
-        return Share(self.flat.gradients.numpy(), weight, found)
+        return Share(self.flat.gradients.cpu().numpy(), weight, found)
 
     def step(self, env_steps: int) -> dict[str, float]:
         """One step of the optimiser; `env_steps` of all workers decide its size."""
@@ -329,42 +308,51 @@ class Learner(Peer):
         self.optimizer.load_state_dict(state["optimizer"])
 
 
+class SequenceLearner(SequencePeer):
+    """R2D2's: fits a Q-network to sequences from replay, as often as new ones come."""
+
+    def __init__(self, config: Config, rank: int = 0, metered: bool = False) -> None:
+        torch.set_num_threads(config.torch_threads)
+        online, target = (make_network(config).to(config.device) for _ in range(2))
+        super().__init__(online, target, config, metered)
+
+
+LEARNERS: dict[str, Any] = {"vtrace": Learner, "r2d2": SequenceLearner}
+
+
 def book(run: Run, turns: list[Turn], dropped: int) -> None:
     """Enters what turns brought into the run's books."""
     run.extra["unrolls_dropped"] = dropped
     for came, metrics in turns:
         if isinstance(came, Update):
-            seen = run.extra.get("policy_lag", {})
-            run.extra["policy_lag"] = {
-                lag: seen.get(lag, 0) + came.lags.get(lag, 0) for lag in sorted({*seen, *came.lags})
-            }
-            total = sum(lag * count for lag, count in came.lags.items())
-            lags = {"policy_lag_mean": total / came.lags.total()}
-            lags["policy_lag_max"] = float(max(came.lags))
+            seen = Counter(run.extra.get("policy_lag", {})) + came.lags
+            run.extra["policy_lag"] = dict(sorted(seen.items()))
             acted = mean_metrics([one.report.metrics for one in came.batch])
-            run.record(env_steps=0, learner_steps=1, metrics=acted | (metrics or {}) | lags)
+            found = acted | (metrics or {}) | came.lag_metrics
+            steps = int(found.pop("learner_steps", 1))
+            run.record(env_steps=0, learner_steps=steps, metrics=found)
         else:
-            run.record(env_steps=came.report.env_steps, episodes=came.report.episodes)
+            run.record(env_steps=came.report.env_steps, episodes=scored(run.config, came))
 
 
 def units_of_work(config: Config) -> dict[str, Callable[[], object]]:
     """What `Cluster.measure` times, so that a virtual cluster is made of this computer's parts."""
-    worker, learner, server = EnvWorker(config, 0), Learner(config), make_inference(config)
+    worker, server = EnvWorker(config, 0), make_inference(config)
+    learner = LEARNERS[config.learner](config)
     action, unroll, row = np.zeros(config.num_envs, int), None, worker.here()[1]
     while unroll is None:
         unroll = server.observe(Who(0, 0), row)
         action = server.act([0])[0]
         row = worker.step(action)[1]
-    share, act = learner.gradient(unroll), server.agent.act
-    draws = [(np.random.default_rng(0), config.num_envs)]
-    state = server.agent.initial_state(config.num_envs)
-    single = None if state is None else tuple(part[:1] for part in state)
+    act, rng = server.agent.act, np.random.default_rng(0)
+    state, single = map(server.agent.initial_state, (config.num_envs, 1))
+    share = learner.gradient(unroll)
     return {
         "env_step": lambda: worker.step(action),
-        "batch": lambda: act(row.observation[:1], row.first[:1], single, [(draws[0][0], 1)]),
-        "inference": lambda: act(row.observation, row.first, state, draws),
         "learn": lambda: learner.gradient(unroll),
         "apply": lambda: learner.apply([0], share),
+        "batch": lambda: act(row.observation[:1], row.first[:1], single, [(rng, 1, 0)]),
+        "inference": lambda: act(row.observation, row.first, state, [(rng, config.num_envs, 0)]),
     }
 
 
@@ -376,12 +364,25 @@ def make_optimizer(config: Config, flat: Flat) -> torch.optim.Optimizer:
     return RMSProp([flat.vector], lr=config.learning_rate, alpha=decay, eps=epsilon)
 
 
+def make_game(config: Config, num_envs: int, seed: int) -> Envs:
+    """Copies of the environment; where values are rescaled, rewards are not clipped."""
+    rescales = config.learner == "r2d2" and config.rescaling_epsilon is not None
+    return make_envs(config.env_id, num_envs, seed, reward_clip=np.inf if rescales else None)
+
+
 def make_network(config: Config) -> Any:
     """A network for the task's observations and actions, with or without memory."""
-    shape = common_shape((config.env_id,), "seed_rl")
+    seen, num_actions, _ = common_shape((config.env_id,), "seed_rl")
     torch.manual_seed(config.seed)
     sizes = config.hidden_sizes, config.lstm_size
-    return make_actor_critic(shape.observation, shape.num_actions, *sizes)
+    if config.learner == "r2d2":
+        return make_q_network(seen, num_actions, *sizes, config.dueling)
+    return make_actor_critic(seen, num_actions, *sizes)
+
+
+def make_policy(config: Config, network: nn.Module) -> Any:
+    """What is evaluated: draws from the policy, or the best action."""
+    return q_policy(network) if config.learner == "r2d2" else sampling_policy(network)
 
 
 def load_policy(config: Config, parts: dict[str, Any]) -> Any:
@@ -391,27 +392,21 @@ def load_policy(config: Config, parts: dict[str, Any]) -> Any:
         [parts["streams"]["learner"]] if "streams" in parts else parts["learners"]["learners"]
     )
     np.copyto(Flat(network).vector.numpy(), learners[0]["parameters"])
-    return sampling_policy(network)
+    return make_policy(config, network)
 
 
 def on_streams(config: Config, stack: ExitStack) -> Any:
     """The first wiring: gRPC, with server and learner here."""
-    schema = Schema.of(make_envs(config.env_id, config.num_envs, config.seed).env_output)
-    certificate = config.tls_certificate
-    settings = StreamSettings(
-        silence_s=config.silence_s,
-        max_message_bytes=2 * schema.nbytes + (1 << 20),
-        tls=None if certificate is None else Tls(certificate, config.tls_key),
-        allow_remote=config.allow_remote,
-    )
-    inference, learner = make_inference(config), Learner(config, metered=True)
-    return streamed(stack, EnvWorker, inference, schema, learner, config, settings)
+    schema = Schema.of(make_game(config, config.num_envs, config.seed).env_output)
+    servers = [make_inference(config, index) for index in range(config.num_inference)]
+    learner, settings = LEARNERS[config.learner](config, 0, True), config.stream_settings(schema)
+    return streamed(stack, EnvWorker, servers, schema, learner, config, settings)
 
 
 def by_calls(config: Config, parameters: np.ndarray, runtime: Runtime) -> Any:
     """The second wiring: workers, server and learners on a runtime."""
-    nbytes = row_bytes((config.env_id,))
-    return called(runtime, EnvWorker, Server, Learner, config, parameters, nbytes)
+    parts = EnvWorker, Server, LEARNERS[config.learner]
+    return called(runtime, *parts, config, parameters, row_bytes((config.env_id,)))
 
 
 def train(config: Config, runtime: Runtime | None = None) -> Result:
@@ -425,12 +420,13 @@ def train(config: Config, runtime: Runtime | None = None) -> Result:
     vector = Flat(network := make_network(config)).vector.numpy()
     with ExitStack() as stack:
         if config.wiring == "calls":
-            cores = config.num_workers + config.num_learners + 1
+            cores = config.num_workers + config.num_learners + config.num_inference
             own: Any = own_runtime(config, cores, COSTS)
             wiring = by_calls(config, vector, runtime or stack.enter_context(own))
         else:
             wiring = on_streams(config, stack)
-        policy = LivePolicy(sampling_policy(network), lambda: np.copyto(vector, wiring.pull()))
+        live = make_policy(config, network)
+        policy = LivePolicy(live, lambda: np.copyto(vector, wiring.pull()))
         parts, clock = wiring.parts, lambda: wiring.now
         with Run("seed_rl", config, policy, parts, clock, checkpoints="asked") as run:
             while run.running():

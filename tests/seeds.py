@@ -1,6 +1,8 @@
 """What tests of central inference share: an agent that echoes, and a server around it."""
 
+import subprocess
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +12,7 @@ from rlbook.data import AgentOutput
 from rlbook.plumbing.central import Central
 from rlbook.plumbing.inference import Inference
 from rlbook.plumbing.learner_group import Vector
-from rlbook.plumbing.streams import StreamServer, StreamSettings
+from rlbook.plumbing.streams import StreamServer, StreamSettings, Tls
 from rlbook.plumbing.transport import Schema
 
 QUICK = StreamSettings(silence_s=20.0, connect_s=10.0)
@@ -21,6 +23,8 @@ class Echo:
     last; the state counts the rows of an episode. Any mix-up shows as unequal integers.
     """
 
+    said = AgentOutput
+
     def __init__(self) -> None:
         self.vector = np.zeros(1)
         self.batches: list[int] = []
@@ -28,9 +32,12 @@ class Echo:
     def initial_state(self, copies: int) -> Any:
         return (np.zeros((copies, 1)),)
 
+    def refresh(self) -> None:
+        pass
+
     def act(self, observation, first, state, draws):
         self.batches.append(len(observation))
-        assert sum(rows for _, rows in draws) == len(observation)
+        assert sum(rows for _, rows, _ in draws) == len(observation)
         (count,) = state
         count = np.where(first[:, None], 0, count) + 1
         logits = np.concatenate([count, np.broadcast_to(self.vector, count.shape)], 1)
@@ -68,3 +75,16 @@ def serving(folder: Any, settings: StreamSettings = QUICK, address: str = "", **
 def newer(version: int) -> Vector:
     """Parameters that say their version."""
     return Vector(version, np.full(1, float(version)))
+
+
+def certificate(folder: Path) -> Tls:
+    """A self-signed one for localhost."""
+    files = [str(folder / "certificate.pem"), str(folder / "key.pem")]
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
+        + ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+        + ["-out", files[0], "-keyout", files[1]],
+        check=True,
+        capture_output=True,
+    )
+    return Tls(files[0], files[1], "localhost")

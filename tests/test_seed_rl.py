@@ -15,18 +15,23 @@ import pytest
 import torch
 
 from rlbook import impala as ip
+from rlbook import r2d2
 from rlbook import seed_rl as sr
 from rlbook.harness.log import METRICS
 from rlbook.harness.result import Result
 from rlbook.harness.run import Run
+from rlbook.parts.envs import Episode
+from rlbook.plumbing.central import Finished, Report
 from rlbook.plumbing.central_flow import CentralFlow
 from rlbook.plumbing.cluster import Cluster, Crash, Node
 from rlbook.plumbing.crew import Crew, CrewError
 from rlbook.plumbing.faults import sigkill
 from rlbook.plumbing.runtime import ActorDiedError, RayRuntime
+from rlbook.plumbing.sequence_learner import scored
 from rlbook.plumbing.virtual import VirtualRuntime
 from tests.counters import register
 from tests.runs import assert_same_run, ctrl_c_at, same_parameters
+from tests.seeds import certificate
 
 QUICK = sr.Config(
     wiring="calls",
@@ -469,6 +474,10 @@ def test_ctrl_c_ends_a_run_on_streams_in_good_order(tmp_path):
 def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch, config):
     """The power fails after a checkpoint; what is resumed ends as if it had not."""
     config = replace(config, checkpoint_every_s=0.05, anneal_learning_rate=True)
+    end_as_if_it_had_not_failed(tmp_path, monkeypatch, config)
+
+
+def end_as_if_it_had_not_failed(tmp_path, monkeypatch, config):
     whole = train(replace(config, run_dir=str(tmp_path / "whole")))
     saved = []
     save, record = Run.checkpoint, Run.record
@@ -515,3 +524,185 @@ def test_what_a_run_on_streams_measures_is_known(tmp_path):
     assert 20 < result.metrics["bytes_per_env_step"] < 35
     assert {"Inference 0", "Learner 0", "EnvWorker 0", "driver"} <= {s.who for s in result.spans}
     assert math.isfinite(result.metrics["loss"])
+
+
+# -- several servers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wiring", ["calls", "unix", "tcp"])
+def test_several_servers_act_as_one(wiring, tmp_path):
+    """Each worker's rows are a batch of their own, whoever acts upon them; and they resume."""
+    config = replace(SYNC, wiring=wiring, num_workers=4, unrolls_per_batch=4)
+    config = replace(config, total_env_steps=1_600)
+    one, three = train(config), train(replace(config, num_inference=3))
+    assert same_parameters(one, three) and one.env_steps == three.env_steps
+    spans = {span.who for span in three.spans}
+    kind = "Server" if wiring == "calls" else "Inference"
+    assert {f"{kind} 0", f"{kind} 1", f"{kind} 2"} <= spans
+    config = replace(config, num_inference=3)
+    train(replace(config, total_env_steps=800, run_dir=str(tmp_path / "half")))
+    resumed = train(replace(config, resume=str(tmp_path / "half")))
+    assert same_parameters(one, resumed)
+
+
+def test_several_servers_rest_and_go_on_without_losing_a_worker(tmp_path):
+    """Checkpoints of a run without waiting: all workers rest, and all play again."""
+    config = replace(STREAMS, num_workers=3, num_inference=2, total_env_steps=20_000)
+    config = replace(config, run_dir=str(tmp_path / "run"), checkpoint_every_s=0.2)
+    result = train(config)
+    assert result.stopped_because == "total_env_steps" and not children()
+    names = {span.who for span in result.spans if span.who.startswith("EnvWorker")}
+    assert names == {"EnvWorker 0", "EnvWorker 1", "EnvWorker 2"}, "nobody was replaced"
+
+
+def test_encrypted_streams_carry_a_run(tmp_path):
+    pair = certificate(tmp_path)
+    plain = replace(SYNC, wiring="tcp", total_env_steps=400)
+    files = {"tls_certificate": pair.certificate, "tls_key": pair.key, "tls_name": pair.name}
+    assert same_parameters(train(replace(plain, **files)), train(plain))
+
+
+# -- R2D2's learner --------------------------------------------------------------------------------
+
+REPLAY = replace(
+    sr.PRESETS["r2d2"],
+    wiring="calls",
+    progress=False,
+    num_envs=4,
+    inference_batch=4,
+    lstm_size=6,
+    hidden_sizes=(8,),
+    batch_size=8,
+    learning_starts=20,
+    target_period=10,
+    total_env_steps=2_400,
+    log_every_env_steps=400,
+)
+REPLAY_SYNC = replace(REPLAY, update_rule="sync", unrolls_in_flight=1, unrolls_per_batch=2)
+
+
+def trained_by_r2d2(config: sr.Config) -> Result:
+    names = set(vars(r2d2.Config())) & set(vars(config)) - {"runtime"}
+    shared = {name: getattr(config, name) for name in names}
+    shared |= {"num_actors": config.num_workers, "optimizer_epsilon": config.adam_epsilon}
+    alone = {"updates_per_call": 1, "calls_in_flight": 1, "broadcast_period": 1}
+    costs = Cluster(nodes=(Node(cores=8),), costs=r2d2.COSTS)
+    with VirtualRuntime(1, costs) as runtime:
+        return r2d2.train(r2d2.Config(**(shared | alone)), runtime)
+
+
+@pytest.mark.parametrize("wiring", ["calls", "unix"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"env_id": "CartPole-v1", "lstm_size": 0, "burn_in_length": 0, "rescaling_epsilon": None},
+        {"num_workers": 1, "unrolls_per_batch": 1, "state_init": "zero", "unroll_length": 7},
+    ],
+    ids=["memory", "cartpole", "one"],
+)
+def test_with_replay_it_is_r2d2_bit_for_bit(wiring, changes):
+    """The same rows, actions, sequences, priorities, draws and updates, one after the other."""
+    config = replace(REPLAY_SYNC, wiring=wiring, **changes)
+    mine, theirs = train(config), trained_by_r2d2(config)
+    assert mine.env_steps == theirs.env_steps
+    assert mine.learner_steps == theirs.learner_steps > 50
+    assert same_parameters(mine, theirs)
+    assert mine.metrics["episode_return_mean"] == theirs.metrics["episode_return_mean"]
+    assert not same_parameters(mine, trained_by_r2d2(replace(config, seed=2)))
+
+
+def test_what_is_learnt_from_replay_is_what_was_owed():
+    result = train(REPLAY)
+    rows = sum(result.extra["policy_lag"].values()) * REPLAY.num_envs
+    owed = REPLAY.samples_per_insert * rows / REPLAY.sequence_length
+    assert 0.8 * owed < result.learner_steps * REPLAY.batch_size <= owed
+    assert set(result.curves) <= set(METRICS)
+    assert result.metrics["replay_size"] > 100 and result.metrics["policy_lag_max"] <= 8
+
+
+@pytest.mark.parametrize("base", [REPLAY, REPLAY_SYNC], ids=["async", "sync"])
+def test_a_run_with_replay_resumes_bit_for_bit(base, tmp_path, monkeypatch):
+    config = replace(base, checkpoint_every_s=0.2)
+    end_as_if_it_had_not_failed(tmp_path, monkeypatch, config)
+
+
+def test_the_same_seed_gives_the_same_run_with_replay():
+    one, same, other = train(REPLAY), train(REPLAY), train(REPLAY, seed=2, jitter=0.5)
+    assert_same_run(one, same)
+    assert not same_parameters(one, other)
+
+
+def test_a_sequence_has_rows_of_one_episode_of_one_life(monkeypatch):
+    """Counter's numbers tell: they follow from each other, and copy and episode stay."""
+    register()
+    config = replace(REPLAY, env_id="test/Counter-v0", num_workers=3, unroll_length=4)
+    config = replace(config, sequence_length=3, sequence_overlap=1, n_step=2, burn_in_length=2)
+    config = replace(config, total_env_steps=900, samples_per_insert=1.0)
+    keep, learners = sr.SequenceLearner.keep, []
+
+    def keeping(self, unroll):
+        learners.append(self)
+        keep(self, unroll)
+
+    monkeypatch.setattr(sr.SequenceLearner, "keep", keeping)
+    whole = train(config).wall_time_s
+    for restart_s in (None, 0.0, 0.02):
+        times = np.linspace(0.1, 0.8, 1 if restart_s is None else 8) * whole
+        crashes = tuple(Crash("EnvWorker 1", at_s=at, restart_s=restart_s) for at in times)
+        train(config, crashes=crashes)
+        items = learners[-1].memory.sample(2_000).items
+        seen, valid = items.observation, items.valid
+        there = np.concatenate([valid, np.zeros_like(valid[:, :1])], 1)
+        there[:, 1:] |= valid  # where a step led
+        assert len(np.unique(seen[there][:, 0])) > 4
+        for row, known in zip(seen, there, strict=True):
+            copy, episode, step = row[known].T
+            assert (copy == copy[0]).all() and (episode == episode[0]).all()
+            assert (np.diff(step) == 1).all()
+
+
+def test_the_score_is_of_the_copies_that_explore_least():
+    config = replace(REPLAY, num_workers=3, groups=1, scored_fraction=0.25)
+    ladder = config.epsilons
+    assert ladder.shape == (3, 4) and ladder.max() == 0.4
+    assert ladder.min() == pytest.approx(0.4**8)
+    assert np.array_equal(np.sort(ladder, None)[::-1], ladder.T.ravel()), "dealt in turn"
+    for place in range(3):
+        episodes = [Episode(env, 1.0, 1) for env in range(4)]
+        came = Finished(place, [], None, Report(4, episodes, {}))
+        assert [one.env for one in scored(config, came)] == [3]
+        assert scored(replace(config, learner="vtrace"), came) == episodes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learner": "dqn"}, "learner"),
+        ({"sequence_overlap": 10}, "sequence_overlap"),
+        ({"num_learners": 2}, "num_learners"),
+        ({"unrolls_per_batch": 2}, "unrolls_per_batch"),
+        ({"samples_per_insert": 0.0}, "samples_per_insert"),
+        ({"replay_capacity": 10}, "replay_capacity"),
+        ({"state_init": "random"}, "state_init"),
+        ({"epsilon_base": 1.5}, "epsilon_base"),
+        ({"scored_fraction": 2.0}, "scored_fraction"),
+        ({"num_inference": 3}, "num_inference"),
+        ({"tls_key": "key.pem"}, "tls_key"),
+        ({"inference_timeout_s": None, "num_inference": 2, "inference_batch": 5}, "for ever"),
+        ({"inference_timeout_s": None, "num_workers": 3, "inference_batch": 8}, ""),
+    ],
+)
+def test_settings_of_replay_that_cannot_work_are_refused(changes, message):
+    if not message:
+        replace(REPLAY, **changes)
+        return
+    with pytest.raises(ValueError, match=message):
+        replace(REPLAY, **changes)
+
+
+@pytest.mark.slow
+def test_it_remembers_what_no_agent_without_memory_can():
+    config = replace(sr.PRESETS["r2d2"], wiring="calls", progress=False, total_env_steps=60_000)
+    result = train(replace(config, stop_at_return=0.9))
+    assert result.stopped_because == "solved"

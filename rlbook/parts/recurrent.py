@@ -194,10 +194,12 @@ def unrolled(network: nn.Module, unroll: Unroll) -> tuple[Tensor, Tensor]:
     """Logits `[T+1, B, A]` and values `[T+1, B]` of all rows of an unroll, by either kind of
     actor-critic; one with memory starts from the unroll's `agent_state`.
     """
-    observations = torch.from_numpy(unroll.env_outputs.observation)
+    device = next(network.parameters()).device
+    observations = torch.from_numpy(unroll.env_outputs.observation).to(device)
     if unroll.agent_state is not None:
-        first = torch.from_numpy(unroll.env_outputs.first)
-        return network(observations, first, unroll.agent_state)[:2]
+        first = torch.from_numpy(unroll.env_outputs.first).to(device)
+        state = tuple(part.to(device) for part in unroll.agent_state)
+        return network(observations, first, state)[:2]
     logits, values = network(observations.flatten(0, 1))
     rows = observations.shape[:2]
     return logits.unflatten(0, rows), values.unflatten(0, rows)

@@ -37,13 +37,16 @@ def vtrace_losses(network: nn.Module, unroll: Unroll, config: Any) -> VTraceLoss
     logits, values = unrolled(network, unroll)  # time folded into the batch, but for the LSTM
     # The shift: what was seen and done at t (left) led to the reward and discount at t + 1 (right).
     logits, bootstrap, values = logits[:-1], values[-1].detach(), values[:-1]
-    actions, valid = torch.from_numpy(unroll.agent_outputs.action), torch.from_numpy(unroll.valid)
-    behaviour_logits = torch.from_numpy(unroll.agent_outputs.logits)
+    said, led_to = unroll.agent_outputs, unroll.env_outputs
+    columns = said.action, unroll.valid, said.logits, led_to.discount[1:], led_to.reward[1:]
+    actions, valid, behaviour_logits, discounts, rewards = (
+        torch.from_numpy(column).to(logits.device) for column in columns
+    )
     log_rhos = log_prob(logits.detach(), actions) - log_prob(behaviour_logits, actions)
     targets = vtrace(
         log_rhos=log_rhos if config.correction == "vtrace" else torch.zeros_like(log_rhos),
-        discounts=config.discount * torch.from_numpy(unroll.env_outputs.discount[1:]),
-        rewards=torch.from_numpy(unroll.env_outputs.reward[1:]),
+        discounts=config.discount * discounts,
+        rewards=rewards,
         values=values.detach(),
         bootstrap_value=bootstrap,
         valid=valid,

@@ -46,6 +46,22 @@ class Finished(NamedTuple):
     """Itself, or a reference to it."""
     report: Report
 
+    def state_dict(self) -> dict[str, Any]:
+        """All of it (no reference), as plain values and arrays."""
+        seen, said, *others = self.unroll
+        env_steps, episodes, metrics = self.report
+        told = env_steps, [tuple(one) for one in episodes], metrics
+        return {"place": self.place, "unroll": [tuple(seen), tuple(said), *others], "report": told}
+
+    @classmethod
+    def of(cls, state: dict[str, Any], said: Any) -> "Finished":
+        """From `state_dict`, with the type of what an agent says."""
+        seen, spoken, *others = state["unroll"]
+        env_steps, episodes, metrics = state["report"]
+        report = Report(env_steps, [Episode(*one) for one in episodes], metrics)
+        unroll = Unroll(EnvOutput(*seen), said(*spoken), *others)
+        return cls(state["place"], unroll.version, unroll, report)
+
 
 class Stepped(NamedTuple):
     """A worker's small report of a step."""
@@ -62,12 +78,53 @@ class Update(NamedTuple):
     lags: Counter[int]
     """Updates between the parameters at each step and this one → steps of a slot."""
 
+    @property
+    def lag_metrics(self) -> dict[str, float]:
+        """Mean and largest lag."""
+        total = sum(lag * count for lag, count in self.lags.items())
+        mean = total / self.lags.total()
+        return {"policy_lag_mean": mean, "policy_lag_max": float(max(self.lags))}
+
 
 class Turn(NamedTuple):
     """What came: an unroll, or an update with its metrics."""
 
     came: Finished | Update
     metrics: dict[str, float] | None = None
+
+
+def check_waits(config: Any) -> None:
+    """ValueError for settings with which somebody would wait for ever.
+
+    Args:
+        config: of the system; see `Central`, and `num_inference`, `num_envs`, `num_learners`,
+            `unrolls_per_batch`.
+    """
+    slots, updates = config.num_workers * config.groups, config.unrolls_per_batch
+    flying = slots * config.unrolls_in_flight
+    if not config.num_learners <= updates <= flying:
+        raise ValueError(
+            f"unrolls_per_batch: {updates} must be one or more for each of {config.num_learners}"
+            f" learners, and no more than the {flying} ever in flight"
+        )
+    if config.update_rule == "sync" and (updates, flying) != (slots, slots):
+        raise ValueError(
+            'update_rule: "sync" learns from one unroll of every group at once: it needs'
+            " unrolls_in_flight 1 and as many unrolls_per_batch as there are groups"
+        )
+    if config.inference_timeout_s is not None:
+        return
+    # Each server's slots, as many as there are at least, and how many it takes to make a batch.
+    here = config.num_workers // config.num_inference * config.groups
+    needed = -(-config.inference_batch // config.num_envs)
+    # Those that wait for one more leave the learner nothing but the others' unrolls.
+    stuck = (needed - 1) * config.num_inference
+    if needed > here or needed < here and updates > flying - stuck * config.unrolls_in_flight:
+        raise ValueError(
+            f"inference_batch: {config.inference_batch} rows may never wait at once, where a server"
+            f" has {here} groups of {config.num_envs} and {updates} unrolls are learnt from"
+            " together: it would wait for ever; set inference_timeout_s"
+        )
 
 
 Reply = Callable[[int, np.ndarray | None], None]
@@ -92,9 +149,17 @@ class Central:
         inference: slots and agent.
         config: of the system: `num_workers`, `groups`; `inference_batch` and `inference_timeout_s`
             of `Waiting`; `unrolls_in_flight` and `update_rule`.
+        finished: where unrolls go; shared by several servers.
+        index: of this one.
     """
 
-    def __init__(self, inference: Inference, config: Any) -> None:
+    def __init__(
+        self,
+        inference: Inference,
+        config: Any,
+        finished: "queue.SimpleQueue[Finished] | None" = None,
+        index: int = 0,
+    ) -> None:
         self.inference, self.config = inference, config
         self.waiting = Waiting(config.inference_batch, config.inference_timeout_s)
         self.soon: Callable[[Callable[[], None]], None] = lambda call: call()
@@ -105,7 +170,7 @@ class Central:
         self.resting = False
         self.dropped = 0
         """Unrolls that nobody learnt from."""
-        self.finished: queue.SimpleQueue[Finished] = queue.SimpleQueue()
+        self.finished: queue.SimpleQueue[Finished] = finished or queue.SimpleQueue()
         self.batches: Counter[int] = Counter()
         """Rows of a forward pass → how many there were."""
         self.timeline = Timeline()
@@ -113,7 +178,7 @@ class Central:
         self._untaken: Counter[int] = Counter()
         self._newest: Vector | None = None
         self._acting: Vector | None = None
-        self._lane = self.timeline.number("Inference 0"), self.timeline.number("act")
+        self._lane = self.timeline.number(f"Inference {index}"), self.timeline.number("act")
 
     # -- the loop's thread ---------------------------------------------------------------------
 
@@ -220,8 +285,8 @@ class Central:
                 self._queue(request)
         self.serve(time.monotonic())
 
-    def _begin(self) -> None:
-        self.resting, self._untaken = False, Counter()
+    def _begin(self, untaken: Counter[int]) -> None:
+        self.resting, self._untaken = False, Counter(untaken)
 
     # -- the learner's thread ------------------------------------------------------------------
 
@@ -235,9 +300,13 @@ class Central:
         if places:
             self.soon(lambda: self._release(places))
 
-    def begin(self) -> None:
-        """After a rest: nobody is held, workers may come. All streams have ended."""
-        self.soon(self._begin)
+    def begin(self, untaken: Counter[int] | None = None) -> None:
+        """After a rest: workers may come. All streams have ended.
+
+        Args:
+            untaken: place → its unrolls that are finished and were not learnt from.
+        """
+        self.soon(lambda: self._begin(untaken or Counter()))
 
 
 def report_of(unroll: Unroll, episodes: list[Episode]) -> Report:

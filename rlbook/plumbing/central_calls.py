@@ -59,7 +59,7 @@ def called(
     Args:
         runtime: where they live; on real processes learners measure how long they idle.
         worker: class with `here()` and `step(actions)`, each → (`Stepped`, rows).
-        server: acts.
+        server: acts; there are `num_inference` of them.
         learner: a `Peer`.
         config: of the system; see `CentralFlow`.
         parameters: `[P]`, to begin with.
@@ -71,7 +71,7 @@ def called(
         worker, costs={"step": {"env_step": 1}}, returns={"step": said, "here": said}
     )
     steps, action = config.unroll_length * config.num_envs, StandIn(8 * config.num_envs)
-    acting = runtime.remote(
+    serving = runtime.remote(
         server,
         costs={"answer": lambda weights, whose, *rows: {"batch": 1, "inference": len(whose)}},
         returns={
@@ -81,7 +81,8 @@ def called(
             ),
             "finish": (Report(steps, [], {}), StandIn(row_bytes * steps)),
         },
-    ).remote(config)
+    )
+    acting = [serving.remote(config, index) for index in range(config.num_inference)]
     learning = _learning(runtime, learner, config, parameters)
 
     def make_worker(place: int, born: int) -> Any:

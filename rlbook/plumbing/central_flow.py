@@ -15,6 +15,7 @@ calls, and on the virtual clock, where it can be replayed. A worker that died be
 """
 
 from collections import Counter, deque
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,15 +76,20 @@ class CentralFlow:
     Args:
         runtime: where all live.
         workers: a fleet, asked for `step(actions)`; they have `here()` too.
-        server: a `CentralServer`'s handle.
+        servers: handles of `CentralServer`s; number i modulo k acts for worker i.
         learners: answer (metrics, weights) to (arguments, unrolls).
         config: of the system; see `Central`; and `unrolls_per_batch`, `updates_in_flight`.
     """
 
     def __init__(
-        self, runtime: Runtime, workers: Fleet, server: Any, learners: LearnerGroup, config: Any
+        self,
+        runtime: Runtime,
+        workers: Fleet,
+        servers: Sequence[Any],
+        learners: LearnerGroup,
+        config: Any,
     ) -> None:
-        self.runtime, self.workers, self.server = runtime, workers, server
+        self.runtime, self.workers, self.servers = runtime, workers, servers
         self.learners, self.config = learners, config
         self.waits = config.update_rule == "sync"
         self.in_flight: dict[Reference, Step | Ending | Learning] = {}
@@ -95,10 +101,10 @@ class CentralFlow:
         workers.settle()
         learners.settle()
         self.places = [Place() for _ in range(len(workers))]
-        self._weights: Reference | None = None
-        """That the server gets with its next call; None: it has the newest."""
+        self._weights: list[Reference | None] = []
+        """That each server gets with its next call; None: it has the newest."""
         self._version: int | None = None
-        """Updates that made what the server acts with from its next call on."""
+        """Updates that made what servers act with from their next calls on."""
         self._begin()
 
     @property
@@ -148,30 +154,35 @@ class CentralFlow:
         self.updates += 1
 
     def act(self) -> None:
-        """The server acts for all batches that are due."""
-        while self.waiting.due_in(self.runtime.now) == 0:  # enough rows, or they waited enough
-            batch = self.waiting.take()
-            self.batches[sum(request.rows for request in batch)] += 1
-            if self._version is None:
-                self._hand_over(self.learners.weights(), self.made)
-            assert self._version is not None
-            weights, self._weights = self._weights, None
-            whose = [request.who for request in batch]
-            call = self.server.answer.options(num_returns=1 + len(batch))
-            _, *actions = call.remote(weights, whose, *[request.carried for request in batch])
-            for who, action in zip(whose, actions, strict=True):
-                place = self.places[who.place]
-                place.versions.append(self._version)
-                report, rows = self.workers.ask(who.place, action)
-                steps = None if place.steps is None else place.steps + 1
-                self.in_flight[report] = Step(who.place, steps, rows)
+        """The servers act for all batches that are due."""
+        for index, waiting in enumerate(self.waiting):
+            while waiting.due_in(self.runtime.now) == 0:  # enough rows, or they waited enough
+                self._act(index, waiting.take())
+
+    def _act(self, index: int, batch: list[Request]) -> None:
+        self.batches[sum(request.rows for request in batch)] += 1
+        if self._version is None:
+            self._hand_over(self.learners.weights(), self.made)
+        assert self._version is not None
+        weights, self._weights[index] = self._weights[index], None
+        whose = [request.who for request in batch]
+        call = self.servers[index].answer.options(num_returns=1 + len(batch))
+        _, *actions = call.remote(weights, whose, *[request.carried for request in batch])
+        for who, action in zip(whose, actions, strict=True):
+            place = self.places[who.place]
+            place.versions.append(self._version)
+            report, rows = self.workers.ask(who.place, action)
+            steps = None if place.steps is None else place.steps + 1
+            self.in_flight[report] = Step(who.place, steps, rows)
 
     def first(self) -> Turn | None:
         """Waits for the first of all that is in flight, and sees to what follows from it.
 
         None if nothing is to be booked, or a batch is due before anything came.
         """
-        due_in = None if self._resting else self.waiting.due_in(self.runtime.now)
+        dues = [waiting.due_in(self.runtime.now) for waiting in self.waiting]
+        known = [due for due in dues if due is not None]
+        due_in = None if self._resting or not known else min(known)
         if not self.in_flight:
             self._pass(due_in)
             return None
@@ -206,16 +217,16 @@ class CentralFlow:
         return turns
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts, the server, and what is known of each place; nothing may be in flight."""
+        """Counts, the servers, and what is known of each place; nothing may be in flight."""
         with self.runtime.off_the_clock():
-            server = self.runtime.get(self.server.state_dict.remote())
+            servers = self.runtime.get([server.state_dict.remote() for server in self.servers])
         places = [
             vars(place) | {"episodes": [*map(tuple, place.episodes)]} for place in self.places
         ]
         return {
             "updates": self.updates,
             "dropped": self.dropped,
-            "server": server,
+            "servers": servers,
             "places": places,
         }
 
@@ -223,8 +234,9 @@ class CentralFlow:
         """Continues from `state_dict`."""
         self.updates = self.made = state["updates"]
         self.dropped = state["dropped"]
+        pairs = zip(self.servers, state["servers"], strict=True)
         with self.runtime.off_the_clock():
-            self.runtime.get(self.server.load_state_dict.remote(state["server"]))
+            self.runtime.get([server.load_state_dict.remote(kept) for server, kept in pairs])
         for place, kept in zip(self.places, state["places"], strict=True):
             vars(place).update(kept)
             place.episodes = [Episode(*one) for one in kept["episodes"]]
@@ -241,18 +253,21 @@ class CentralFlow:
     def _begin(self) -> None:
         """Nothing is in flight."""
         config = self.config
-        self.waiting = Waiting(config.inference_batch, config.inference_timeout_s)
+        limits = config.inference_batch, config.inference_timeout_s
+        self.waiting = [Waiting(*limits) for _ in self.servers]
+        """For each server."""
         self._held: dict[int, Request] = {}
         self._resting = True
-        self._weights = self._version = None
+        self._weights, self._version = [None] * len(self.servers), None
         for place in self.places:
             place.untaken = 0
 
     def _pass(self, seconds: float | None) -> None:
         """Lets the time go by until a batch is due."""
         if seconds is None:
+            rows = [waiting.rows for waiting in self.waiting]
             raise RuntimeError(
-                f"{self.waiting.rows} rows wait for a batch of {self.config.inference_batch}, none"
+                f"{rows} rows wait for a batch of {self.config.inference_batch}, none"
                 " is under way, and inference_timeout_s sets no end: the driver would hang"
             )
         self.runtime.get(self._pause.remote(seconds))
@@ -266,7 +281,7 @@ class CentralFlow:
         """A worker's rows are there."""
         place = self.places[step.place]
         if report is None:  # it died, or who should have told it what to do
-            self.runtime.get(self.server.alive.remote())
+            self.runtime.get(self._server(step.place).alive.remote())
             self._start_over(place)
             if not self._resting:
                 self._ask_where(step.place)
@@ -278,7 +293,8 @@ class CentralFlow:
         place.episodes += report.episodes
         who = Who(step.place, place.run_id)
         if len(place.versions) == self.config.unroll_length:
-            ended, unroll = self.server.finish.options(num_returns=2).remote(who, step.rows)
+            call = self._server(step.place).finish.options(num_returns=2)
+            ended, unroll = call.remote(who, step.rows)
             self.in_flight[ended] = Ending(step.place, place.versions, unroll)
             place.versions = []
             place.untaken += 1
@@ -291,7 +307,10 @@ class CentralFlow:
         if self.places[who.place].untaken >= self.config.unrolls_in_flight:
             self._held[who.place] = request
         else:
-            self.waiting.add(request)
+            self.waiting[who.place % len(self.servers)].add(request)
+
+    def _server(self, place: int) -> Any:
+        return self.servers[place % len(self.servers)]
 
     def _start_over(self, place: Place) -> None:
         self.dropped += bool(place.versions)
@@ -321,5 +340,5 @@ class CentralFlow:
                 self._queue(request.who, request.carried)
 
     def _hand_over(self, weights: Reference, version: int) -> None:
-        """The server gets these with its next call."""
-        self._weights, self._version = weights, version
+        """Every server gets these with its next call."""
+        self._weights, self._version = [weights] * len(self.servers), version

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from rlbook.data import AgentOutput, EnvOutput, Unroll
+from rlbook.data import EnvOutput, Unroll
 from rlbook.plumbing.learner_group import Vector
 from rlbook.plumbing.param_server import Alive
 
@@ -28,11 +28,17 @@ from rlbook.plumbing.param_server import Alive
 class Agent(Protocol):
     """What a network is asked by a server: see `parts.central_acting`."""
 
+    said: Any
+    """Type of what it says, a NamedTuple of arrays `[N, ...]`; one of them is `action`."""
+
     def initial_state(self, copies: int) -> Any:
         """Before a worker's first row: a tuple of arrays `[B, ...]`, or None."""
 
-    def act(self, observation: Any, first: Any, state: Any, draws: Any) -> tuple[AgentOutput, Any]:
-        """One action for each of N rows, and the state after them."""
+    def act(self, observation: Any, first: Any, state: Any, draws: Any) -> tuple[Any, Any]:
+        """What it says to N rows, and the state after them."""
+
+    def refresh(self) -> None:
+        """Its parameters have changed."""
 
 
 class Who(NamedTuple):
@@ -103,14 +109,17 @@ class Waiting:
 class Slot:
     """What is known of one group of copies."""
 
-    def __init__(self, run_id: int, rng: np.random.Generator, state: Any) -> None:
+    def __init__(self, run_id: int, rng: np.random.Generator, state: Any, said: Any) -> None:
         self.run_id, self.rng, self.state = run_id, rng, state
+        self._said = said
         self.begun_with = state
         """The state before row 0."""
         self.rows: list[EnvOutput] = []
-        self.said: list[AgentOutput] = []
+        self.said: list[Any] = []
         self.versions: list[int] = []
         """Of the parameters that said it."""
+        self.begins = True
+        """No unroll of this slot is finished yet."""
 
     @property
     def answered(self) -> bool:
@@ -127,11 +136,13 @@ class Slot:
             return None
         unroll = Unroll(
             EnvOutput(*(np.stack(column) for column in zip(*self.rows, strict=True))),
-            AgentOutput(*(np.stack(column) for column in zip(*self.said, strict=True))),
+            self._said(*(np.stack(column) for column in zip(*self.said, strict=True))),
             self.begun_with,
+            version=np.array(self.versions),  # type: ignore[arg-type]
+            begins=self.begins,
         )
-        unroll = unroll._replace(version=np.array(self.versions))  # type: ignore[arg-type]
         self.rows, self.said, self.versions, self.begun_with = [row], [], [], self.state
+        self.begins = False
         return unroll
 
     def state_dict(self) -> dict[str, Any]:
@@ -143,6 +154,7 @@ class Slot:
             "rows": [tuple(row) for row in self.rows],
             "said": [tuple(one) for one in self.said],
             "versions": list(self.versions),
+            "begins": self.begins,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -153,8 +165,8 @@ class Slot:
             None if kept is None else tuple(map(np.asarray, kept)) for kept in state["states"]
         )
         self.rows = [EnvOutput(*row) for row in state["rows"]]
-        self.said = [AgentOutput(*one) for one in state["said"]]
-        self.versions = list(state["versions"])
+        self.said = [self._said(*one) for one in state["said"]]
+        self.versions, self.begins = list(state["versions"]), state["begins"]
 
 
 class Inference(Alive):
@@ -183,6 +195,7 @@ class Inference(Alive):
     def load(self, weights: Vector) -> None:
         """Acts with these parameters from now on."""
         np.copyto(self.vector, weights.values)
+        self.agent.refresh()
         self.version = weights.version
 
     def observe(self, who: Who, row: EnvOutput) -> Unroll | None:
@@ -193,7 +206,8 @@ class Inference(Alive):
         slot = self.slots.get(who.place)
         if slot is None or slot.run_id != who.run_id:
             rng = np.random.default_rng([self.seed(who.place, who.run_id), 1])
-            slot = Slot(who.run_id, rng, self.agent.initial_state(len(row.first)))
+            state = self.agent.initial_state(len(row.first))
+            slot = Slot(who.run_id, rng, state, self.agent.said)
             self.slots[who.place] = slot
         unroll = slot.observe(row, self.unroll_length)
         return None if unroll is None else unroll._replace(actor=who.place)
@@ -202,7 +216,7 @@ class Inference(Alive):
         """Acts upon the last rows of these places: actions `[B]` for each."""
         slots = [self.slots[place] for place in places]
         counts = [len(slot.rows[-1].first) for slot in slots]
-        draws = [(slot.rng, count) for slot, count in zip(slots, counts, strict=True)]
+        draws = list(zip([slot.rng for slot in slots], counts, places, strict=True))
         if len(slots) == 1:
             (slot,), row = slots, slots[0].rows[-1]
             output, slot.state = self.agent.act(row.observation, row.first, slot.state, draws)
@@ -216,7 +230,7 @@ class Inference(Alive):
             mine = slice(end, end := end + count)
             if state is not None:
                 slot.state = tuple(part[mine] for part in state)
-            self._note(slot, AgentOutput(*(column[mine] for column in output)))
+            self._note(slot, self.agent.said(*(column[mine] for column in output)))
         return [slot.said[-1].action for slot in slots]
 
     def free(self, place: int) -> bool:
@@ -234,10 +248,10 @@ class Inference(Alive):
         self.load(Vector(state["version"], state["parameters"]))
         self.slots = {}
         for place, kept in state["slots"]:
-            slot = self.slots[place] = Slot(0, np.random.default_rng(0), None)
+            slot = self.slots[place] = Slot(0, np.random.default_rng(0), None, self.agent.said)
             slot.load_state_dict(kept)
 
-    def _note(self, slot: Slot, output: AgentOutput) -> None:
+    def _note(self, slot: Slot, output: Any) -> None:
         slot.said.append(output)
         slot.versions.append(self.version)
 

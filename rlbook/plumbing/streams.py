@@ -76,6 +76,40 @@ class StreamSettings:
         ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class StreamFields:
+    """What a config tells of streams."""
+
+    address: str = "127.0.0.1:0"
+    """With "tcp": where the server listens; port 0 takes a free one."""
+    allow_remote: bool = False
+    """Let other computers reach the server."""
+    tls_certificate: str | None = None
+    """Of the server, a PEM file; with `tls_key` the streams are encrypted."""
+    tls_key: str | None = None
+    """The server's secret, a PEM file."""
+    tls_name: str | None = None
+    """Whom the certificate names, where that is not the host of the address."""
+    silence_s: float = 30.0
+    """A worker, or a server, that owes a message and is silent for so long is given up."""
+
+    def check_streams(self) -> None:
+        """ValueError for an address that is not this computer's, or half of what TLS needs."""
+        check_address(self.address, self.allow_remote)
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_key: encrypted streams need tls_certificate and tls_key, both")
+
+    def stream_settings(self, schema: Schema) -> StreamSettings:
+        """For rows of this kind."""
+        certificate = self.tls_certificate
+        return StreamSettings(
+            silence_s=self.silence_s,
+            max_message_bytes=2 * schema.nbytes + (1 << 20),
+            tls=None if certificate is None else Tls(certificate, self.tls_key, self.tls_name),
+            allow_remote=self.allow_remote,
+        )
+
+
 def check_address(address: str, allow_remote: bool) -> None:
     """ValueError unless an address (`unix:PATH`, `HOST:PORT`) is this computer's own."""
     if address.startswith("unix:") or allow_remote:
@@ -155,7 +189,6 @@ class StreamServer:
         schema: of workers' rows.
         address: `unix:PATH`, or `HOST:PORT` (port 0: any free one).
         settings: limits and secrets.
-        loop_s: filled with seconds that the loop spent, for measurements.
 
     Raises:
         ValueError: an address that others could reach, without `allow_remote`.

@@ -98,7 +98,7 @@ def test_unrolls_are_put_together_as_an_actor_collects_them():
 
             def act(observation, twin=twins[place], agent=agent):
                 nonlocal state
-                output, state = agent.act(observation, twin.env_output.first, state, [(None, 2)])
+                output, state = agent.act(observation, twin.env_output.first, state, [(None, 2, 0)])
                 return output
 
             expected = collect_unroll(twins[place], act, 5)

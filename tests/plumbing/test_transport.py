@@ -19,10 +19,10 @@ from rlbook.parts.envs import Episode, make_envs
 from rlbook.plumbing import seed_pb2 as pb
 from rlbook.plumbing import transport
 from rlbook.plumbing.stream_worker import Lost, open_channel, play, status
-from rlbook.plumbing.streams import SERVICE, StreamSettings, Tls, check_address
+from rlbook.plumbing.streams import SERVICE, StreamSettings, check_address
 from rlbook.plumbing.transport import Refused, Schema
 from tests.counters import register
-from tests.seeds import QUICK, serving
+from tests.seeds import QUICK, certificate, serving
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCHEMA = Schema((3,), "f4", 3)
@@ -297,19 +297,6 @@ def rest(server, *players: Player) -> None:
     for player in players:
         player.join(10)
         assert not player.is_alive() and player.lost is None
-
-
-def certificate(folder: Path) -> Tls:
-    """A self-signed one for localhost."""
-    files = [str(folder / "certificate.pem"), str(folder / "key.pem")]
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
-        + ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-        + ["-out", files[0], "-keyout", files[1]],
-        check=True,
-        capture_output=True,
-    )
-    return Tls(files[0], files[1], "localhost")
 
 
 @pytest.mark.parametrize("road", ["unix", "tcp", "tls", "tls unix"])
