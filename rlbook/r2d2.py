@@ -147,7 +147,7 @@ class Config(RunConfig):
         one_of(self, "state_init", ("stored", "zero"))
         one_of(self, "update_rule", ("async", "sync"))
         one_of(self, "runtime", ("ray", "virtual"))
-        at_least(self, 1, "num_actors", "sequence_length", "sequence_period", "unroll_length")
+        at_least(self, 1, "num_actors", "sequence_length", "unroll_length")
         at_least(self, 1, "n_step", "batch_size", "updates_per_call", "calls_in_flight")
         at_least(self, 1, "broadcast_period", "num_replays", "learning_starts", "target_period")
         at_least(self, 0, "sequence_overlap", "burn_in_length", "lstm_size", "learning_rate")
@@ -158,13 +158,11 @@ class Config(RunConfig):
             if getattr(self, field) is not None:
                 above(self, 0.0, field)
         within(self, 0.0, 1.0, "discount", "priority_mix", "epsilon_base", "scored_fraction")
+        if self.sequence_overlap >= (m := self.sequence_length):
+            got = f"which is {m}, got {self.sequence_overlap}"
+            raise ValueError(f"sequence_overlap: must be less than sequence_length, {got}")
         at_most(self, "learning_starts", "replay_capacity")
         at_most(self, "num_replays", "replay_capacity")
-
-    @property
-    def sequence_period(self) -> int:
-        """Steps between the beginnings of two sequences: sequence_length − sequence_overlap."""
-        return self.sequence_length - self.sequence_overlap
 
     @property
     def rate_tolerance(self) -> float:
@@ -364,7 +362,7 @@ def turn(flow: ReplayFlow) -> Turn:
 def make_flow(runtime: Runtime, config: Config, parameters: np.ndarray) -> ReplayFlow:
     """Actors, learner and replay memory on a runtime, and the flow between them."""
     steps = config.unroll_length * config.num_envs
-    made = max(1, steps // config.sequence_period)
+    made = max(1, steps // (config.sequence_length - config.sequence_overlap))
     parts = runtime, Actor, Learner, make_replay(runtime, config), config, parameters
     work = {"forwards": config.unroll_length, "made_bytes": made * row_bytes(config)}
     chunk: dict[str, Any] = {"chunk_rows": steps / config.sequence_length, **work}
@@ -376,15 +374,21 @@ def make_replay(runtime: Runtime, config: Config) -> Replay:
     shards, capacity = config.num_replays, config.replay_capacity
     sizes = {"batch": config.batch_size, "row_bytes": row_bytes(config)}
     require_memory("replay_capacity", capacity, sizes["row_bytes"], f"of {config.env_id}")
-    settings = MemorySettings(capacity // shards, priority_exponent=config.priority_exponent)
+    each, exponent = -(-capacity // shards), config.priority_exponent  # rounded up
+    settings = MemorySettings(each, True, exponent, example=example(config))
     return ShardedReplay(runtime, settings, shards, seed=config.seed, **sizes)
 
 
-def row_bytes(config: Config) -> int:
-    """Bytes of a sequence."""
-    observation = make_game(config, 1, 0).env_output.observation.nbytes
+def example(config: Config) -> Sequence:
+    """An item of the replay memory."""
     rows = config.burn_in_length + config.sequence_length + config.n_step
-    return rows * (observation + 17) + 8 * config.lstm_size
+    seen = make_game(config, 1, 0).env_output.observation[0]
+    return Sequence.blank(seen, rows, config.lstm_size)
+
+
+def row_bytes(config: Config) -> int:
+    """Of a sequence, with priority."""
+    return tree_nbytes(example(config)) + 8
 
 
 def units_of_work(config: Config) -> dict[str, Callable[[], object]]:

@@ -49,8 +49,8 @@ class MaskedCartPoleVectorEnv(CartPoleVectorEnv):
         self, action: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """One step; NEXT_STEP autoreset."""
-        observation, *rest = super().step(action)
-        return observation[:, SEEN], *rest
+        observation, reward, terminated, truncated, info = super().step(action)
+        return observation[:, SEEN], reward, terminated, truncated, info
 
 
 class MaskedCartPoleEnv(CartPoleEnv):
@@ -69,5 +69,5 @@ class MaskedCartPoleEnv(CartPoleEnv):
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """One step."""
-        observation, *rest = super().step(action)
-        return observation[SEEN], *rest
+        observation, reward, terminated, truncated, info = super().step(action)
+        return observation[SEEN], reward, terminated, truncated, info

@@ -48,6 +48,20 @@ class Sequence(NamedTuple):
     cell: Any
     """`[N, H]`: c likewise."""
 
+    @classmethod
+    def blank(cls, observation: np.ndarray, rows: int, lstm_size: int) -> "Sequence":
+        """One sequence `[R, ...]` of padding: the shapes and types that all have.
+
+        Args:
+            observation: one, of any values.
+            rows: R.
+            lstm_size: H.
+        """
+        seen = np.zeros((rows, *observation.shape), observation.dtype)
+        action, valid = np.zeros(rows - 1, np.int64), np.zeros(rows - 1, bool)
+        zeros, state = np.zeros(rows - 1, np.float32), np.zeros(lstm_size, np.float32)
+        return cls(seen, action, zeros, zeros, valid, state, state)
+
 
 class Rows(NamedTuple):
     """What an actor saw, did and thought: arrays `[T, B, ...]`."""
