@@ -572,7 +572,7 @@ def test_on_a_redis_server_of_its_own_it_learns_catch():
 
 @needs_redis
 def test_a_run_on_redis_is_resumed_with_what_the_server_held(tmp_path):
-    config = replace(CATCH, replay="redis", total_env_steps=3_000)
+    config = replace(CATCH, replay="redis", total_env_steps=3_000, log_every_env_steps=100)
     first = train(replace(config, run_dir=str(tmp_path / "run")), cores=4)
     config = replace(config, resume=str(tmp_path / "run"), total_env_steps=4_000)
     resumed = train(config, cores=4)  # on another server

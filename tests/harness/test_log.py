@@ -40,7 +40,8 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_is_silent_without_a_terminal(capsys):
+def test_progress_is_silent_without_a_terminal(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)  # pytest's plugins bring it
     progress = Progress("title", 10, shown=True)
     progress.update(5, loss=1.0)
     progress.say("3 MB when full")
