@@ -11,13 +11,17 @@
     wiring "unix", "tcp"   one gRPC stream a worker; the server's thread acts, the driver's learns
     wiring "calls"         rows and actions as references that a driver conducts: Ray, virtual clock
 
+    learner "vtrace"       IMPALA's: each unroll once
+    learner "r2d2"         R2D2's, on the same service: ε-greedy by Q, unrolls cut into sequences
+                           and kept at the learner, which draws from them as often as new ones come
+
     who waits: a worker, for its actions: until there is a batch, or the time-out; and when
                `unrolls_in_flight` of its unrolls are not yet learnt from
 
 This is IMPALA with: inference at the learner instead of in the actors (Espeholt et al., 2020, "SEED
 RL: scalable and efficient deep-RL with accelerated central inference"). Observations travel, and
 actions; parameters never do. They may change within an unroll, so that each step has its version.
-Without lag (update_rule "sync") its updates are IMPALA's.
+Without lag (update_rule "sync") its updates are IMPALA's, and with replay R2D2's.
 
 Differs from the paper: batches have a time-out besides their size; a worker's copies are vectors
 that step at once (`groups` of them in turn); the time limit of an episode is no termination, so

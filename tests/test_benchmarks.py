@@ -275,7 +275,7 @@ def test_impala(tmp_path: Path) -> None:
 def test_seed_rl(tmp_path: Path) -> None:
     *roads, run = written(seed_rl, tmp_path)["rows"]
     assert [row["road"] for row in roads] == list(seed_rl.ROADS)
-    assert all(row["ours/s"] > 0 and row["bare/s"] > 0 for row in roads)
+    assert all(row["ours/s"] > 0 and row["echo/s"] > 0 for row in roads)
     assert all(row["bytes"] == 84 * 84 * 4 + 9 for row in roads)
     assert (run["system"], run["what"]) == ("seed_rl", "rate") and run["steps/s"] > 0
 
@@ -284,8 +284,8 @@ def test_the_figures_of_seed_rl() -> None:
     def reached(ours: float, share: float, rate: float, seconds: float) -> list[bool]:
         run = {"system": "seed_rl", "solved": True, "seconds": seconds, "steps/s": rate}
         rows: list[common.Row] = [
-            {"road": "unix", "what": "round trips", "ours/s": ours, "share": share},
-            {"road": "tcp", "what": "round trips", "ours/s": 1.0, "share": 0.1},
+            {"road": "unix", "what": "round trips", "ours/s": ours, "of echo": share},
+            {"road": "tcp", "what": "round trips", "ours/s": 1.0, "of echo": 0.1},
             {**run, "what": "until solved"},
             {**run, "what": "rate"},
             {**run, "system": "seed_rl_throughput", "what": "rate", "steps/s": 1.0},

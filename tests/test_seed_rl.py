@@ -516,6 +516,17 @@ def test_without_lag_a_run_on_streams_resumes_bit_for_bit_too(tmp_path, lstm_siz
     assert same_parameters(resumed, Result.load(tmp_path / "half"))
 
 
+def test_a_run_on_streams_loses_no_unroll_at_a_rest(tmp_path):
+    """What is finished and fills no batch is learnt from later, in a resumed run too."""
+    config = replace(STREAMS, unrolls_per_batch=3, num_workers=3, total_env_steps=3_000)
+    config = replace(config, run_dir=str(tmp_path / "run"), checkpoint_every_s=0.1)
+    whole = train(config)
+    more = replace(config, run_dir=None, resume=str(tmp_path / "run"), total_env_steps=6_000)
+    resumed = train(more)
+    assert whole.extra["unrolls_dropped"] == resumed.extra["unrolls_dropped"] == 0
+    assert sum(resumed.extra["policy_lag"].values()) == resumed.learner_steps * 3 * 5
+
+
 def test_what_a_run_on_streams_measures_is_known(tmp_path):
     result = train(replace(STREAMS, run_dir=str(tmp_path / "run")))
     assert set(result.curves) <= set(METRICS)
@@ -524,6 +535,9 @@ def test_what_a_run_on_streams_measures_is_known(tmp_path):
     assert 20 < result.metrics["bytes_per_env_step"] < 35
     assert {"Inference 0", "Learner 0", "EnvWorker 0", "driver"} <= {s.who for s in result.spans}
     assert math.isfinite(result.metrics["loss"])
+    stepped = [s for s in result.spans if s.what == "step"]
+    assert {s.who for s in stepped} == {"EnvWorker 0", "EnvWorker 1"}
+    assert all(0 < s.end - s.start < 1 for s in stepped)
 
 
 # -- several servers -------------------------------------------------------------------------------
@@ -553,6 +567,21 @@ def test_several_servers_rest_and_go_on_without_losing_a_worker(tmp_path):
     assert result.stopped_because == "total_env_steps" and not children()
     names = {span.who for span in result.spans if span.who.startswith("EnvWorker")}
     assert names == {"EnvWorker 0", "EnvWorker 1", "EnvWorker 2"}, "nobody was replaced"
+
+
+@pytest.mark.parametrize("base", ["vtrace", "r2d2"])
+def test_servers_and_learner_may_be_on_other_devices(base):
+    """Another name for where we are ("cpu:0"), so that all goes the way it goes to a GPU."""
+    config = replace(SYNC, env_id="rlbook/Memory-v0", lstm_size=6, total_env_steps=600)
+    if base == "r2d2":
+        config = replace(REPLAY_SYNC, total_env_steps=600)
+    here = train(config)
+    devices = {"device": "cpu:0", "inference_devices": ("cpu", "cpu:0"), "num_inference": 2}
+    there = train(replace(config, **devices))
+    a, b = here.policy.network.state_dict(), there.policy.network.state_dict()
+    assert here.learner_steps == there.learner_steps > 3
+    for name in a:
+        assert torch.allclose(a[name], b[name], atol=1e-4), name
 
 
 def test_encrypted_streams_carry_a_run(tmp_path):

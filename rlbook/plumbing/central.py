@@ -136,6 +136,8 @@ class Peer:
 
     def __init__(self, said: Introduction, reply: Reply) -> None:
         self.said, self.reply = said, reply
+        self.lane: int = 0
+        """In the timeline."""
         self.owed: set[int] = set()
         """Groups whose rows wait for actions."""
         self.episodes: dict[int, list[Episode]] = {}
@@ -178,6 +180,9 @@ class Central:
         self._untaken: Counter[int] = Counter()
         self._newest: Vector | None = None
         self._acting: Vector | None = None
+        self.name_of: Callable[[int], str] = lambda worker: f"EnvWorker {worker}"
+        """What a worker is called in the timeline."""
+        self._step = self.timeline.number("step")
         self._lane = self.timeline.number(f"Inference {index}"), self.timeline.number("act")
 
     # -- the loop's thread ---------------------------------------------------------------------
@@ -198,10 +203,15 @@ class Central:
             self.leave(self.peers[worker])
         self.newest_runs[worker] = said.run_id
         peer = self.peers[worker] = Peer(said, reply)
+        peer.lane = self.timeline.number(self.name_of(worker))
         return peer
 
-    def rows(self, peer: Peer, group: int, row: EnvOutput, episodes: list[Episode]) -> None:
-        """Takes in a row; acts if there is a batch now. `Refused` if it was not this one's turn."""
+    def rows(
+        self, peer: Peer, group: int, row: EnvOutput, episodes: list[Episode], env_s: float = 0.0
+    ) -> None:
+        """Takes in a row that took so long to make; acts if there is a batch now. `Refused` if it
+        was not this one's turn.
+        """
         said = peer.said
         if self.peers.get(said.worker) is not peer:
             raise Refused("ABORTED", f"worker {said.worker} has a newer stream")
@@ -209,6 +219,8 @@ class Central:
             invalid(f"group {group}: there is none, or it did not wait for its actions")
         peer.owed.add(group)
         who, now = Who(said.worker * said.groups + group, said.run_id), time.monotonic()
+        if env_s:
+            self.timeline.add(peer.lane, self._step, now - env_s, now)
         peer.episodes.setdefault(group, []).extend(episodes)
         unroll = self.inference.observe(who, row)
         if unroll is not None:

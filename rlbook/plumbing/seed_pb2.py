@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1arlbook/plumbing/seed.proto\x12\x0brlbook.seed\"3\n\x05\x46ield\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\r\"\x8c\x01\n\x05Hello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x0e\n\x06worker\x18\x03 \x01(\r\x12\x0e\n\x06run_id\x18\x04 \x01(\r\x12\x0e\n\x06groups\x18\x05 \x01(\r\x12\x0e\n\x06\x63opies\x18\x06 \x01(\r\x12\"\n\x06\x66ields\x18\x07 \x03(\x0b\x32\x12.rlbook.seed.Field\">\n\x07\x45pisode\x12\x0b\n\x03\x65nv\x18\x01 \x01(\r\x12\x16\n\x0e\x65pisode_return\x18\x02 \x01(\x01\x12\x0e\n\x06length\x18\x03 \x01(\r\"K\n\x04Rows\x12\r\n\x05group\x18\x01 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12&\n\x08\x65pisodes\x18\x03 \x03(\x0b\x32\x14.rlbook.seed.Episode\"\\\n\nFromWorker\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.rlbook.seed.HelloH\x00\x12!\n\x04rows\x18\x02 \x01(\x0b\x32\x11.rlbook.seed.RowsH\x00\x42\x06\n\x04kind\"\t\n\x07Welcome\"&\n\x07\x41\x63tions\x12\r\n\x05group\x18\x01 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x15\n\x04Rest\x12\r\n\x05group\x18\x01 \x01(\r\"\x06\n\x04Hold\"\xaa\x01\n\x08ToWorker\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.rlbook.seed.WelcomeH\x00\x12\'\n\x07\x61\x63tions\x18\x02 \x01(\x0b\x32\x14.rlbook.seed.ActionsH\x00\x12!\n\x04rest\x18\x03 \x01(\x0b\x32\x11.rlbook.seed.RestH\x00\x12!\n\x04hold\x18\x04 \x01(\x0b\x32\x11.rlbook.seed.HoldH\x00\x42\x06\n\x04kind\"\x0f\n\rStatusRequest\"A\n\x0bStatusReply\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07workers\x18\x02 \x03(\r\x12\x0f\n\x07version\x18\x03 \x01(\x04\x32\x82\x01\n\x04Seed\x12:\n\x04Play\x12\x17.rlbook.seed.FromWorker\x1a\x15.rlbook.seed.ToWorker(\x01\x30\x01\x12>\n\x06Status\x12\x1a.rlbook.seed.StatusRequest\x1a\x18.rlbook.seed.StatusReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1arlbook/plumbing/seed.proto\x12\x0brlbook.seed\"3\n\x05\x46ield\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\r\"\x8c\x01\n\x05Hello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x0e\n\x06worker\x18\x03 \x01(\r\x12\x0e\n\x06run_id\x18\x04 \x01(\r\x12\x0e\n\x06groups\x18\x05 \x01(\r\x12\x0e\n\x06\x63opies\x18\x06 \x01(\r\x12\"\n\x06\x66ields\x18\x07 \x03(\x0b\x32\x12.rlbook.seed.Field\">\n\x07\x45pisode\x12\x0b\n\x03\x65nv\x18\x01 \x01(\r\x12\x16\n\x0e\x65pisode_return\x18\x02 \x01(\x01\x12\x0e\n\x06length\x18\x03 \x01(\r\"Z\n\x04Rows\x12\r\n\x05group\x18\x01 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12&\n\x08\x65pisodes\x18\x03 \x03(\x0b\x32\x14.rlbook.seed.Episode\x12\r\n\x05\x65nv_s\x18\x04 \x01(\x01\"\\\n\nFromWorker\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.rlbook.seed.HelloH\x00\x12!\n\x04rows\x18\x02 \x01(\x0b\x32\x11.rlbook.seed.RowsH\x00\x42\x06\n\x04kind\"\t\n\x07Welcome\"&\n\x07\x41\x63tions\x12\r\n\x05group\x18\x01 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x15\n\x04Rest\x12\r\n\x05group\x18\x01 \x01(\r\"\x06\n\x04Hold\"\xaa\x01\n\x08ToWorker\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.rlbook.seed.WelcomeH\x00\x12\'\n\x07\x61\x63tions\x18\x02 \x01(\x0b\x32\x14.rlbook.seed.ActionsH\x00\x12!\n\x04rest\x18\x03 \x01(\x0b\x32\x11.rlbook.seed.RestH\x00\x12!\n\x04hold\x18\x04 \x01(\x0b\x32\x11.rlbook.seed.HoldH\x00\x42\x06\n\x04kind\"\x0f\n\rStatusRequest\"A\n\x0bStatusReply\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07workers\x18\x02 \x03(\r\x12\x0f\n\x07version\x18\x03 \x01(\x04\x32\x82\x01\n\x04Seed\x12:\n\x04Play\x12\x17.rlbook.seed.FromWorker\x1a\x15.rlbook.seed.ToWorker(\x01\x30\x01\x12>\n\x06Status\x12\x1a.rlbook.seed.StatusRequest\x1a\x18.rlbook.seed.StatusReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,23 +38,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EPISODE']._serialized_start=239
   _globals['_EPISODE']._serialized_end=301
   _globals['_ROWS']._serialized_start=303
-  _globals['_ROWS']._serialized_end=378
-  _globals['_FROMWORKER']._serialized_start=380
-  _globals['_FROMWORKER']._serialized_end=472
-  _globals['_WELCOME']._serialized_start=474
-  _globals['_WELCOME']._serialized_end=483
-  _globals['_ACTIONS']._serialized_start=485
-  _globals['_ACTIONS']._serialized_end=523
-  _globals['_REST']._serialized_start=525
-  _globals['_REST']._serialized_end=546
-  _globals['_HOLD']._serialized_start=548
-  _globals['_HOLD']._serialized_end=554
-  _globals['_TOWORKER']._serialized_start=557
-  _globals['_TOWORKER']._serialized_end=727
-  _globals['_STATUSREQUEST']._serialized_start=729
-  _globals['_STATUSREQUEST']._serialized_end=744
-  _globals['_STATUSREPLY']._serialized_start=746
-  _globals['_STATUSREPLY']._serialized_end=811
-  _globals['_SEED']._serialized_start=814
-  _globals['_SEED']._serialized_end=944
+  _globals['_ROWS']._serialized_end=393
+  _globals['_FROMWORKER']._serialized_start=395
+  _globals['_FROMWORKER']._serialized_end=487
+  _globals['_WELCOME']._serialized_start=489
+  _globals['_WELCOME']._serialized_end=498
+  _globals['_ACTIONS']._serialized_start=500
+  _globals['_ACTIONS']._serialized_end=538
+  _globals['_REST']._serialized_start=540
+  _globals['_REST']._serialized_end=561
+  _globals['_HOLD']._serialized_start=563
+  _globals['_HOLD']._serialized_end=569
+  _globals['_TOWORKER']._serialized_start=572
+  _globals['_TOWORKER']._serialized_end=742
+  _globals['_STATUSREQUEST']._serialized_start=744
+  _globals['_STATUSREQUEST']._serialized_end=759
+  _globals['_STATUSREPLY']._serialized_start=761
+  _globals['_STATUSREPLY']._serialized_end=826
+  _globals['_SEED']._serialized_start=829
+  _globals['_SEED']._serialized_end=959
 # @@protoc_insertion_point(module_scope)

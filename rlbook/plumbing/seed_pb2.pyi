@@ -45,14 +45,16 @@ class Episode(_message.Message):
     def __init__(self, env: _Optional[int] = ..., episode_return: _Optional[float] = ..., length: _Optional[int] = ...) -> None: ...
 
 class Rows(_message.Message):
-    __slots__ = ("group", "data", "episodes")
+    __slots__ = ("group", "data", "episodes", "env_s")
     GROUP_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     EPISODES_FIELD_NUMBER: _ClassVar[int]
+    ENV_S_FIELD_NUMBER: _ClassVar[int]
     group: int
     data: bytes
     episodes: _containers.RepeatedCompositeFieldContainer[Episode]
-    def __init__(self, group: _Optional[int] = ..., data: _Optional[bytes] = ..., episodes: _Optional[_Iterable[_Union[Episode, _Mapping]]] = ...) -> None: ...
+    env_s: float
+    def __init__(self, group: _Optional[int] = ..., data: _Optional[bytes] = ..., episodes: _Optional[_Iterable[_Union[Episode, _Mapping]]] = ..., env_s: _Optional[float] = ...) -> None: ...
 
 class FromWorker(_message.Message):
     __slots__ = ("hello", "rows")

@@ -127,9 +127,11 @@ class Stream:
                 plays -= 1
                 continue
             told = message.actions
-            envs = groups[told.group]
-            row = envs.step(transport.actions_of(told, schema.copies))
-            said = transport.rows(told.group, schema.encode(row), envs.episodes())
+            envs, action = groups[told.group], transport.actions_of(told, schema.copies)
+            begun = time.monotonic()
+            row = envs.step(action)
+            taken = time.monotonic() - begun
+            said = transport.rows(told.group, schema.encode(row), envs.episodes(), taken)
             await self.call.write(said.SerializeToString())
             self.heard = time.monotonic()
         await self.call.done_writing()

@@ -112,6 +112,8 @@ class Streamed:
         self._watcher: threading.Thread | None = None
         self._born = list(crew.born)
         self._load(learner.weights())
+        for central in self.centrals:
+            central.name_of = crew.name
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -162,7 +164,9 @@ class Streamed:
         shift = self.crew.now - time.monotonic()
         spans = [*self._timeline, *(span for one in self.centrals for span in one.timeline)]
         moved = [(who, what, start + shift, end + shift) for who, what, start, end in spans]
-        return Timeline.of([*moved, *self.crew.timeline()])
+        # A worker that plays mostly waits: its steps are known from what it sent.
+        asked = [span for span in self.crew.timeline() if span.what != "play"]
+        return Timeline.of([*moved, *asked])
 
     def state_dict(self) -> dict[str, Any]:
         """Counts, the learner, what every server knows, and which life each worker lives."""

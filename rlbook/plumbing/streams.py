@@ -315,7 +315,7 @@ class StreamServer:
             row, episodes = schema.decode(told.data), transport.episodes_of(told, schema.copies)
             line.inline = True
             try:
-                central.rows(peer, told.group, row, episodes)
+                central.rows(peer, told.group, row, episodes, transport.env_s_of(told))
             finally:
                 line.inline = False
             if line.outbox:

@@ -185,10 +185,12 @@ def introduced(message: pb.FromWorker, schema: Schema, token: bytes) -> Introduc
     return Introduction(said.worker, said.run_id, said.groups, said.copies)
 
 
-def rows(group: int, data: bytes, episodes: Sequence[Episode] = ()) -> pb.FromWorker:
-    """One row of one group."""
+def rows(
+    group: int, data: bytes, episodes: Sequence[Episode] = (), env_s: float = 0.0
+) -> pb.FromWorker:
+    """One row of one group, and the seconds that the step to it took."""
     message = pb.FromWorker()
-    message.rows.group, message.rows.data = group, data
+    message.rows.group, message.rows.data, message.rows.env_s = group, data, env_s
     for env, episode_return, length in episodes:
         message.rows.episodes.add(env=env, episode_return=episode_return, length=length)
     return message
@@ -210,6 +212,13 @@ def episodes_of(message: pb.Rows, copies: int) -> list[Episode]:
             invalid(f"episodes: env must be below {copies}, and the return finite")
         found.append(Episode(one.env, one.episode_return, one.length))
     return found
+
+
+def env_s_of(message: pb.Rows) -> float:
+    """Seconds of the step to a row; `Refused` if they cannot be."""
+    if not 0.0 <= message.env_s < math.inf:
+        invalid(f"env_s: must be finite and at least 0, got {message.env_s}")
+    return message.env_s
 
 
 def actions(group: int, action: np.ndarray) -> bytes:

@@ -1,15 +1,20 @@
 """Central inference: who waits how long, whose rows are whose, what an unroll is made of."""
 
+from functools import partial
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlbook.data import EnvOutput
 from rlbook.parts.acting import Sampler, make_actor_critic
-from rlbook.parts.central_acting import CentralSampler
+from rlbook.parts.central_acting import CentralQ, CentralSampler
 from rlbook.parts.envs import make_envs
 from rlbook.parts.flat import Flat
+from rlbook.parts.on_device import usable
+from rlbook.parts.recurrent_q import make_q_network
 from rlbook.parts.unroll import collect_unroll
 from rlbook.plumbing.inference import Inference, Request, Waiting, Who
 from rlbook.plumbing.learner_group import Vector
@@ -222,3 +227,43 @@ def test_it_acts_with_the_newest_parameters():
     inference.observe(Who(0, 0), EnvOutput(np.ones((1, 4), "f4"), np.zeros(1), np.ones(1), [False]))
     inference.act([0])
     assert not inference.slots[0].said[1].logits.any() and inference.slots[0].versions == [0, 4]
+
+
+# -- other devices ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu:0", "cuda"])
+@pytest.mark.parametrize("lstm_size", [0, 5])
+@pytest.mark.parametrize("replays", [False, True])
+def test_it_says_the_same_from_another_device(device, lstm_size, replays):
+    """Rows go there and answers come back; so do new parameters, when they are told of."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    make = make_q_network if replays else make_actor_critic
+    network = make((4,), 2, (8,), lstm_size)
+    flat = Flat(network)
+    kind = partial(CentralQ, epsilon=np.full((1, 6), 0.3)) if replays else CentralSampler
+    agents = [kind(network), kind(network, device=device)]
+    states = [agent.initial_state(6) for agent in agents]
+    rng = np.random.default_rng(0)
+    for step in range(6):
+        seen, first = rng.normal(size=(6, 4)).astype(np.float32), rng.random(6) < 0.3
+        draws = [(np.random.default_rng(step), 6, 0)]
+        here, states[0] = agents[0].act(seen, first, states[0], draws)
+        draws = [(np.random.default_rng(step), 6, 0)]
+        there, states[1] = agents[1].act(seen, first, states[1], draws)
+        for a, b in zip(here, there, strict=True):
+            assert a.dtype == b.dtype and a.shape == b.shape and np.allclose(a, b, atol=1e-5)
+        flat.vector.mul_(-1.5)
+        told = agents[1].act(seen, first, states[1], [(np.random.default_rng(0), 6, 0)])[0]
+        assert np.allclose(told[1], there[1], atol=1e-5) or lstm_size, "it was not told yet"
+        for agent in agents:
+            agent.refresh()
+
+
+def test_a_device_that_is_not_there_is_refused():
+    usable("cpu")
+    usable(("cpu", "cpu:0"))
+    for name in ("pigeon", "cuda:99"):
+        with pytest.raises(ValueError, match=name):
+            usable(name)

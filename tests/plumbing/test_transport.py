@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlbook.data import EnvOutput
+from rlbook.data import AgentOutput, EnvOutput
+from rlbook.harness.checkpoint import load_checkpoint, save_checkpoint
 from rlbook.parts.envs import Episode, make_envs
 from rlbook.plumbing import seed_pb2 as pb
 from rlbook.plumbing import transport
+from rlbook.plumbing.central import Finished
 from rlbook.plumbing.stream_worker import Lost, open_channel, play, status
 from rlbook.plumbing.streams import SERVICE, StreamSettings, check_address
 from rlbook.plumbing.transport import Refused, Schema
@@ -535,3 +538,63 @@ def test_the_generated_code_is_that_of_the_schema(tmp_path):
     for name in ("seed_pb2.py", "seed_pb2.pyi"):
         made = (tmp_path / "rlbook/plumbing" / name).read_text()
         assert made == (ROOT / "rlbook/plumbing" / name).read_text(), f"run `make proto` ({name})"
+
+
+def test_a_worker_that_never_reads_is_given_up_and_hurts_nobody(tmp_path):
+    """What is written to it piles up until nothing more fits on the road."""
+    brief = replace(QUICK, silence_s=0.5)
+    ok = transport.rows(0, SCHEMA.encode(row())).SerializeToString()
+
+    async def only_write():
+        async with open_channel(server.target, QUICK) as channel:
+            call = channel.stream_stream(f"/{SERVICE}/Play")()
+            await call.write(transport.hello(1, 0, [row()]).SerializeToString())
+            for _ in range(100_000):
+                await call.write(ok)
+
+    with serving(tmp_path, brief) as server:
+        with pytest.raises((TimeoutError, asyncio.InvalidStateError, grpc.aio.AioRpcError)):
+            asyncio.run(asyncio.wait_for(only_write(), 20))
+        until(lambda: not server.central.peers and not server.lines)
+        player = Player(server)
+        take(server, 2)
+        rest(server, player)
+
+
+def test_seconds_that_cannot_be_are_refused(live):
+    server, loop, channel = live
+    for env_s in (-1.0, float("nan"), float("inf")):
+        said = transport.rows(0, SCHEMA.encode(row()), env_s=env_s).SerializeToString()
+        code = loop.run_until_complete(outcome(channel, [HELLO, said]))
+        assert code == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_finished_unrolls_survive_a_checkpoint(tmp_path):
+    with serving(tmp_path) as server:
+        player = Player(server)
+        found = take(server, 3)
+        rest(server, player)
+    save_checkpoint(tmp_path / "kept", {"queue": [one.state_dict() for one in found]})
+    for one, kept in zip(found, load_checkpoint(tmp_path / "kept")["queue"], strict=True):
+        again = Finished.of(kept, AgentOutput)
+        assert again.place == one.place and again.report == one.report
+        assert again.unroll.begins == one.unroll.begins
+        assert np.array_equal(again.versions, one.versions)
+        pairs = [*zip(again.unroll.env_outputs, one.unroll.env_outputs, strict=True)]
+        pairs += zip(again.unroll.agent_outputs, one.unroll.agent_outputs, strict=True)
+        for a, b in [*pairs, (again.unroll.agent_state[0], one.unroll.agent_state[0])]:
+            assert np.array_equal(a, b)
+    assert found[0].unroll.begins and not found[1].unroll.begins
+
+
+def test_who_has_unrolls_that_wait_is_held_after_a_rest_too(tmp_path):
+    with serving(tmp_path, unrolls_in_flight=2) as server:
+        central = server.central
+        central.begin(Counter({0: 2}))
+        player = Player(server)
+        until(lambda: central.peers)
+        time.sleep(0.2)
+        assert not central.inference.agent.batches
+        central.release([0])
+        take(server, 1)
+        rest(server, player)
