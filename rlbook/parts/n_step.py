@@ -76,10 +76,18 @@ class Trail:
         priorities = None
         if q_end is not None:
             q = np.stack([*self.q, q_end])
-            after, before = q.max(-1)[last, copy], q[first, copy, columns.a_tm1]
+            after, before = self.best(q)[last, copy], self.taken(q[first, copy], columns.a_tm1)
             priorities = np.abs(columns.r_t + columns.discount_t * after - before)
         del self.steps[:starts], self.q[:starts]
         return columns, priorities
+
+    def best(self, q: np.ndarray) -> np.ndarray:
+        """What the policy that is learnt would get, `[...]`, of q `[..., A]`."""
+        return q.max(-1)
+
+    def taken(self, q: np.ndarray, action: np.ndarray) -> np.ndarray:
+        """What the actions taken `[N]` are worth, of q `[N, A]`."""
+        return q[np.arange(len(q)), action]
 
     def state_dict(self) -> dict[str, Any]:
         """The steps that begin no finished transition yet, and their values."""
