@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import numpy as np
@@ -26,6 +26,7 @@ from rlbook.plumbing.central_flow import CentralFlow
 from rlbook.plumbing.cluster import Cluster, Crash, Node
 from rlbook.plumbing.crew import Crew, CrewError
 from rlbook.plumbing.faults import sigkill
+from rlbook.plumbing.inference import Who
 from rlbook.plumbing.runtime import ActorDiedError, RayRuntime
 from rlbook.plumbing.sequence_learner import scored
 from rlbook.plumbing.virtual import VirtualRuntime
@@ -389,8 +390,12 @@ def killing(after_s: float, times: int = 1):
 
 
 def children() -> set[int]:
-    found = psutil.Process().children(recursive=True)
-    return {one.pid for one in found if "rlbook.plumbing.crew" in " ".join(one.cmdline())}
+    found = set()
+    for one in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it ends as we look
+            if "rlbook.plumbing.crew" in " ".join(one.cmdline()):
+                found.add(one.pid)
+    return found
 
 
 def test_workers_on_streams_killed_by_sigkill_are_replaced(monkeypatch):
@@ -508,7 +513,7 @@ def end_as_if_it_had_not_failed(tmp_path, monkeypatch, config):
 def test_without_lag_a_run_on_streams_resumes_bit_for_bit_too(tmp_path, lstm_size):
     """Who waits for all has one order, on real processes as well."""
     config = replace(SYNC, wiring="unix", total_env_steps=2_400, lstm_size=lstm_size)
-    whole = train(config)
+    whole = train(replace(config, wiring="calls"))
     half = replace(config, total_env_steps=1_200, run_dir=str(tmp_path / "half"))
     train(half)
     resumed = train(replace(config, resume=str(tmp_path / "half")))
@@ -543,20 +548,17 @@ def test_what_a_run_on_streams_measures_is_known(tmp_path):
 # -- several servers -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wiring", ["calls", "unix", "tcp"])
+@pytest.mark.parametrize("wiring", ["calls", "tcp"])
 def test_several_servers_act_as_one(wiring, tmp_path):
     """Each worker's rows are a batch of their own, whoever acts upon them; and they resume."""
-    config = replace(SYNC, wiring=wiring, num_workers=4, unrolls_per_batch=4)
-    config = replace(config, total_env_steps=1_600)
-    one, three = train(config), train(replace(config, num_inference=3))
-    assert same_parameters(one, three) and one.env_steps == three.env_steps
-    spans = {span.who for span in three.spans}
-    kind = "Server" if wiring == "calls" else "Inference"
-    assert {f"{kind} 0", f"{kind} 1", f"{kind} 2"} <= spans
-    config = replace(config, num_inference=3)
-    train(replace(config, total_env_steps=800, run_dir=str(tmp_path / "half")))
+    config = replace(SYNC, num_workers=3, unrolls_per_batch=3, total_env_steps=1_200)
+    one = train(config)
+    config = replace(config, wiring=wiring, num_inference=2)
+    half = train(replace(config, total_env_steps=600, run_dir=str(tmp_path / "half")))
     resumed = train(replace(config, resume=str(tmp_path / "half")))
-    assert same_parameters(one, resumed)
+    assert same_parameters(one, resumed) and one.env_steps == resumed.env_steps
+    kind = "Server" if wiring == "calls" else "Inference"
+    assert {f"{kind} 0", f"{kind} 1"} <= {span.who for span in half.spans}
 
 
 def test_several_servers_rest_and_go_on_without_losing_a_worker(tmp_path):
@@ -620,19 +622,19 @@ def trained_by_r2d2(config: sr.Config) -> Result:
         return r2d2.train(r2d2.Config(**(shared | alone)), runtime)
 
 
-@pytest.mark.parametrize("wiring", ["calls", "unix"])
 @pytest.mark.parametrize(
     "changes",
     [
         {},
+        {"wiring": "unix", "total_env_steps": 1_200},
         {"env_id": "CartPole-v1", "lstm_size": 0, "burn_in_length": 0, "rescaling_epsilon": None},
         {"num_workers": 1, "unrolls_per_batch": 1, "state_init": "zero", "unroll_length": 7},
     ],
-    ids=["memory", "cartpole", "one"],
+    ids=["memory", "streams", "cartpole", "one"],
 )
-def test_with_replay_it_is_r2d2_bit_for_bit(wiring, changes):
+def test_with_replay_it_is_r2d2_bit_for_bit(changes):
     """The same rows, actions, sequences, priorities, draws and updates, one after the other."""
-    config = replace(REPLAY_SYNC, wiring=wiring, **changes)
+    config = replace(REPLAY_SYNC, **changes)
     mine, theirs = train(config), trained_by_r2d2(config)
     assert mine.env_steps == theirs.env_steps
     assert mine.learner_steps == theirs.learner_steps > 50
@@ -680,15 +682,34 @@ def test_a_sequence_has_rows_of_one_episode_of_one_life(monkeypatch):
         times = np.linspace(0.1, 0.8, 1 if restart_s is None else 8) * whole
         crashes = tuple(Crash("EnvWorker 1", at_s=at, restart_s=restart_s) for at in times)
         train(config, crashes=crashes)
-        items = learners[-1].memory.sample(2_000).items
-        seen, valid = items.observation, items.valid
-        there = np.concatenate([valid, np.zeros_like(valid[:, :1])], 1)
-        there[:, 1:] |= valid  # where a step led
-        assert len(np.unique(seen[there][:, 0])) > 4
-        for row, known in zip(seen, there, strict=True):
-            copy, episode, step = row[known].T
-            assert (copy == copy[0]).all() and (episode == episode[0]).all()
-            assert (np.diff(step) == 1).all()
+        assert_rows_follow(learners[-1].memory, copies=4)
+
+
+def assert_rows_follow(memory, copies: int):
+    items = memory.sample(2_000).items
+    seen, valid = items.observation, items.valid
+    there = np.concatenate([valid, np.zeros_like(valid[:, :1])], 1)
+    there[:, 1:] |= valid  # where a step led
+    assert len(np.unique(seen[there][:, 0])) >= copies
+    for row, known in zip(seen, there, strict=True):
+        copy, episode, step = row[known].T
+        assert (copy == copy[0]).all() and (episode == episode[0]).all()
+        assert (np.diff(step) == 1).all()
+
+
+def test_a_sequence_ends_where_episodes_were_begun_anew_after_a_rest():
+    """An environment that cannot be saved is reset; the server's slot goes on."""
+    register()
+    config = replace(REPLAY, env_id="test/Counter-v0", unroll_length=4, sequence_length=3)
+    config = replace(config, sequence_overlap=1, n_step=2, burn_in_length=2)
+    envs, server = sr.make_game(config, 4, 0), sr.make_inference(config)
+    learner, row = sr.SequenceLearner(config), envs.env_output
+    for _ in range(6):
+        while (unroll := server.observe(Who(0, 0), row)) is None:
+            row = envs.step(server.act([0])[0])
+        learner.keep(unroll)
+        row = envs.reset(seed=1)
+    assert_rows_follow(learner.memory, copies=4)
 
 
 def test_the_score_is_of_the_copies_that_explore_least():
@@ -730,8 +751,6 @@ def test_settings_of_replay_that_cannot_work_are_refused(changes, message):
         replace(REPLAY, **changes)
 
 
-@pytest.mark.slow
 def test_it_remembers_what_no_agent_without_memory_can():
-    config = replace(sr.PRESETS["r2d2"], wiring="calls", progress=False, total_env_steps=60_000)
-    result = train(replace(config, stop_at_return=0.9))
-    assert result.stopped_because == "solved"
+    config = replace(sr.PRESETS["r2d2"], wiring="calls", progress=False, total_env_steps=30_000)
+    assert train(replace(config, stop_at_return=0.9)).stopped_because == "solved"

@@ -166,7 +166,7 @@ class Streamed:
         moved = [(who, what, start + shift, end + shift) for who, what, start, end in spans]
         # A worker that plays mostly waits: its steps are known from what it sent.
         asked = [span for span in self.crew.timeline() if span.what != "play"]
-        return Timeline.of([*moved, *asked])
+        return Timeline.of([*moved, *(span for span in asked if span.who != DRIVER)])
 
     def state_dict(self) -> dict[str, Any]:
         """Counts, the learner, what every server knows, and which life each worker lives."""
