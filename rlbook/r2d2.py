@@ -99,7 +99,7 @@ class Config(RunConfig):
     """ε of the most exploring copy (0.4 in the paper)."""
     epsilon_alpha: float = 7.0
     """The least exploring one has base^(1 + this) (7 in the paper)."""
-    scored_fraction: float = 0.25
+    scored_fraction: float = 0.5
     """Part of the copies, those that explore least, whose episodes are the score."""
     batch_size: int = 32
     """Sequences of one update (64 in the paper)."""
@@ -178,11 +178,12 @@ class Config(RunConfig):
 
 MASKED = Config(
     env_id="rlbook/MaskedCartPole-v0",
-    total_env_steps=200_000,
+    total_env_steps=300_000,
     sequence_length=20,
     sequence_overlap=10,
     burn_in_length=10,
-    samples_per_insert=64.0,
+    samples_per_insert=16.0,
+    learning_rate=3e-3,
 )
 PRESETS = {
     "default": Config(),

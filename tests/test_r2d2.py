@@ -444,7 +444,7 @@ def test_copies_of_all_actors_make_the_ladder_and_the_least_exploring_are_the_sc
     ladder = np.sort(np.concatenate([actor.player.epsilon for actor in actors]))
     assert np.allclose(ladder, np.sort(epsilon_ladder(12)))
     scored = np.concatenate([actor.player.epsilon[actor.scored] for actor in actors])
-    assert np.array_equal(np.sort(scored), ladder[:3])
+    assert np.array_equal(np.sort(scored), ladder[:6])
     for actor in actors:
         weights = r2d2.Learner(config).newest()
         found = [one.env for _ in range(5) for one in actor.play(weights)[0].episodes]
