@@ -17,6 +17,7 @@ import torch
 from rlbook import impala as ip
 from rlbook import r2d2
 from rlbook import seed_rl as sr
+from rlbook.harness.checkpoint import load_checkpoint
 from rlbook.harness.log import METRICS
 from rlbook.harness.result import Result
 from rlbook.harness.run import Run
@@ -521,15 +522,27 @@ def test_without_lag_a_run_on_streams_resumes_bit_for_bit_too(tmp_path, lstm_siz
     assert same_parameters(resumed, Result.load(tmp_path / "half"))
 
 
-def test_a_run_on_streams_loses_no_unroll_at_a_rest(tmp_path):
-    """What is finished and fills no batch is learnt from later, in a resumed run too."""
-    config = replace(STREAMS, unrolls_per_batch=3, num_workers=3, total_env_steps=3_000)
-    config = replace(config, run_dir=str(tmp_path / "run"), checkpoint_every_s=0.1)
-    whole = train(config)
-    more = replace(config, run_dir=None, resume=str(tmp_path / "run"), total_env_steps=6_000)
-    resumed = train(more)
-    assert whole.extra["unrolls_dropped"] == resumed.extra["unrolls_dropped"] == 0
-    assert sum(resumed.extra["policy_lag"].values()) == resumed.learner_steps * 3 * 5
+def test_a_run_on_streams_loses_no_unroll_at_a_rest(tmp_path, monkeypatch):
+    """What is finished and fills no batch is learnt from first in a resumed run."""
+    config = replace(STREAMS, unrolls_per_batch=3, unrolls_in_flight=4, total_env_steps=1_500)
+    for attempt in range(5):  # until somebody has just finished one
+        folder = tmp_path / str(attempt)
+        train(replace(config, run_dir=str(folder), checkpoint_every_s=0.05))
+        if kept := load_checkpoint(folder / "checkpoint.npz")["parts"]["streams"]["queue"]:
+            break
+    gradient, seen = sr.Learner.gradient, []
+
+    def seeing(self, *unrolls):
+        seen.extend(unrolls)
+        return gradient(self, *unrolls)
+
+    monkeypatch.setattr(sr.Learner, "gradient", seeing)
+    resumed = train(replace(config, resume=str(folder), total_env_steps=3_000))
+    assert resumed.extra["unrolls_dropped"] == 0
+    assert kept
+    for one, unroll in zip(kept, seen, strict=False):
+        assert one["place"] == unroll.actor
+        assert np.array_equal(one["unroll"][0][0], unroll.env_outputs.observation)
 
 
 def test_what_a_run_on_streams_measures_is_known(tmp_path):
@@ -700,8 +713,8 @@ def assert_rows_follow(memory, copies: int):
 def test_a_sequence_ends_where_episodes_were_begun_anew_after_a_rest():
     """An environment that cannot be saved is reset; the server's slot goes on."""
     register()
-    config = replace(REPLAY, env_id="test/Counter-v0", unroll_length=4, sequence_length=3)
-    config = replace(config, sequence_overlap=1, n_step=2, burn_in_length=2)
+    config = replace(REPLAY, env_id="test/Counter-v0", unroll_length=4, burn_in_length=2)
+    config = replace(config, sequence_length=3, sequence_overlap=1, n_step=2)
     envs, server = sr.make_game(config, 4, 0), sr.make_inference(config)
     learner, row = sr.SequenceLearner(config), envs.env_output
     for _ in range(6):
