@@ -10,6 +10,7 @@ import torch
 from rlbook import apex as ax
 from rlbook import r2d2
 from rlbook.data import Transition
+from rlbook.harness.checkpoint import load_checkpoint
 from rlbook.harness.result import Result
 from rlbook.harness.run import Run
 from rlbook.maths.exploration import epsilon_ladder
@@ -563,10 +564,13 @@ def test_one_of_everything_is_enough(tmp_path, update_rule):
     )
     small = {"sequence_overlap": 0, "burn_in_length": 0, "hidden_sizes": (1,)}
     config = replace(QUICK, **ones, **small, update_rule=update_rule, samples_per_insert=1.0)
+    config = replace(config, target_period=7)
     result = train(replace(config, total_env_steps=60, run_dir=str(tmp_path / "run")))
     assert 60 <= result.env_steps <= 62 and result.learner_steps > 40
     saved = Result.load(tmp_path / "run")
     assert saved.env_steps == result.env_steps and same_parameters(result, saved)
+    learner = load_checkpoint(tmp_path / "run" / "checkpoint.npz")["parts"]["learner"]
+    assert learner["updates"] == result.learner_steps, "what was in flight at the end counts"
 
 
 def test_a_memory_dealt_to_shards_still_holds_what_learning_starts_with():
@@ -583,6 +587,47 @@ def test_the_example_of_an_item_has_the_shapes_and_types_of_what_actors_make(env
         assert (one.shape, one.dtype) == (many.shape[1:], many.dtype)
     exact = sum(column.nbytes for column in items) / len(items.valid) + 8
     assert r2d2.row_bytes(config) == exact
+
+
+def test_the_optimiser_is_what_the_settings_say():
+    config = replace(MEMORY, optimizer_epsilon=3e-4, learning_rate=2e-3, max_gradient_norm=1e-3)
+    items, _, learner = sequences_of(config)
+    known = learner.optimizer.param_groups[0]
+    assert (known["lr"], known["eps"]) == (2e-3, 3e-4)
+    _, metrics = learner.update(Part(as_sample(items), len(items.valid)))
+    assert metrics["gradient_norm"] > 2e-3
+    assert math.isclose(learner.flat.gradients.norm().item(), 1e-3, rel_tol=1e-3)
+    assert r2d2.make_network(config).value_head is not None
+    assert r2d2.make_network(replace(config, dueling=False)).value_head is None
+
+
+def test_every_actor_draws_for_itself_and_one_that_is_born_later_anew():
+    config = replace(QUICK, num_actors=2, epsilon_alpha=0.0, epsilon_base=1.0)
+    actors = [r2d2.Actor(config, 0), r2d2.Actor(config, 1), r2d2.Actor(config, 0, born=1)]
+    seen = [actor.player.rows(20) for actor in actors]
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert not np.array_equal(seen[one].action, seen[other].action)
+        assert not np.array_equal(seen[one].observation, seen[other].observation)
+
+
+def test_where_episodes_must_begin_anew_nothing_that_was_uncut_is_kept():
+    actor = r2d2.Actor(QUICK, 0)
+    actor.player.rows(3)
+    actor.player.cutter.push(actor.player.rows(4))
+    state = actor.player.state_dict()
+    assert state["cutter"]["rows"] is not None
+    actor.player.load_state_dict(state)
+    assert actor.player.cutter.rows is not None
+    state["envs"]["env"] = None  # an environment that cannot be saved
+    actor.player.load_state_dict(state)
+    assert actor.player.cutter.rows is None and not actor.player.cutter.starts.any()
+
+
+def test_a_turn_costs_a_virtual_actor_its_steps_its_forward_passes_and_the_cutting():
+    result = train(replace(SYNC, num_actors=1, total_env_steps=200), jitter=0.0)
+    turns = [end - start for who, what, start, end in result.spans if what == "play"]
+    wanted = QUICK.unroll_length * (r2d2.COSTS["env_step"] + r2d2.COSTS["inference"])
+    assert turns and np.allclose(turns, wanted + r2d2.COSTS["fold"], rtol=1e-6)
 
 
 def test_actions_that_are_not_counted_are_refused_in_one_line():
