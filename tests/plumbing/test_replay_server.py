@@ -119,6 +119,18 @@ def test_the_rows_of_a_draw_are_dealt_by_totals_and_are_right_on_average():
     assert np.allclose(sizes.mean(0), [0.7, 1.75, 4.55], atol=0.1)
 
 
+def test_each_shard_draws_by_lots_of_its_own():
+    """And so does one that replaces a dead one."""
+    drawn = []
+    for crashes in ((), (Crash("MemoryShard 1", at_s=0.0),)):
+        with virtual(crashes=crashes) as runtime:
+            replay = ShardedReplay(runtime, SETTINGS, 2, seed=1)
+            replay.mend()
+            fill(runtime, replay, np.ones(80), (40, 40))
+            drawn += [tuple(part.sample.keys) for part in draw(runtime, replay, 40)[1]]
+    assert drawn[0] == drawn[2] and len(set(drawn)) == 3
+
+
 def test_a_total_that_changed_since_its_report_is_corrected_in_the_probabilities():
     """Shard 1 lost most of its priority after its report: its rows are drawn too often."""
     with virtual() as runtime:
