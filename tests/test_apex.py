@@ -369,6 +369,14 @@ def test_bytes_are_those_of_draws_chunks_and_parameters():
     assert result.extra["replay_nbytes"] == QUICK.replay_capacity * row
 
 
+def test_the_ratio_is_known_in_every_row():
+    """Also where no update came between two rows, or none at all."""
+    result = train(replace(QUICK, total_env_steps=40))
+    assert result.learner_steps == 0 and result.metrics["replay_ratio"] == 0.0
+    rows = train(replace(QUICK, log_every_env_steps=20)).curves["replay_ratio"]
+    assert np.isfinite(np.asarray(rows, float)).all()
+
+
 def test_without_a_ratio_all_run_free():
     result = train(replace(QUICK, samples_per_insert=None))
     slower = {**apex.COSTS, "learn": 50e-3}

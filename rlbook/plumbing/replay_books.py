@@ -34,10 +34,16 @@ def book(run: Any, turns: list[Turn], flow: ReplayFlow, item_bytes: int, item_st
         if isinstance(asked, Update) and metrics is not None:
             extra["samples"] = extra.get("samples", 0) + flow.rows * item_steps
             extra["wire_bytes"] = extra.get("wire_bytes", 0) + flow.rows * item_bytes
-            metrics["replay_ratio"] = extra["samples"] / max(run.env_steps, 1)
-            metrics["bytes_per_env_step"] = extra["wire_bytes"] / max(run.env_steps, 1)
+            metrics |= so_far(extra, run.env_steps)
             run.record(env_steps=0, learner_steps=flow.config.updates_per_call, metrics=metrics)
         elif not isinstance(asked, Update) and asked.report is not None:
             env_steps, _, wire, episodes, metrics = asked.report
             extra["wire_bytes"] = extra.get("wire_bytes", 0) + wire
+            metrics = metrics | so_far(extra, run.env_steps + env_steps)
             run.record(env_steps=env_steps, episodes=episodes, metrics=metrics)
+
+
+def so_far(extra: dict[str, Any], env_steps: int) -> dict[str, float]:
+    """What was drawn and sent since the run began, for each of so many environment steps."""
+    counts = {"replay_ratio": extra.get("samples", 0), "bytes_per_env_step": extra["wire_bytes"]}
+    return {name: count / max(env_steps, 1) for name, count in counts.items()}
