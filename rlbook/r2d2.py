@@ -153,10 +153,8 @@ class Config(RunConfig):
         at_least(self, 0, "sequence_overlap", "burn_in_length", "lstm_size", "learning_rate")
         at_least(self, 0, "epsilon_alpha", "max_gradient_norm")
         at_least(self, 0, "priority_exponent", "importance_exponent")
-        above(self, 0.0, "optimizer_epsilon")
-        for field in ("rescaling_epsilon", "samples_per_insert"):
-            if getattr(self, field) is not None:
-                above(self, 0.0, field)
+        optional = "rescaling_epsilon", "samples_per_insert"
+        above(self, 0.0, "optimizer_epsilon", *(f for f in optional if vars(self)[f] is not None))
         within(self, 0.0, 1.0, "discount", "priority_mix", "epsilon_base", "scored_fraction")
         if self.sequence_overlap >= (m := self.sequence_length):
             got = f"which is {m}, got {self.sequence_overlap}"
@@ -449,6 +447,8 @@ def train(config: Config, runtime: Runtime | None = None) -> Result:
         policy = LivePolicy(q_policy(network), lambda: np.copyto(vector, flow.parameters()))
         entry = flow, row_bytes(config), config.sequence_length
         with Run("r2d2", config, policy, flow.parts, lambda: rt.now, checkpoints="asked") as run:
+            run.extra["replay_nbytes"] = size = flow.replay.nbytes
+            run.say(f"{config.replay_capacity:,} sequences in replay: {size / 1e6:.1f} MB")
             while run.running():
                 book(run, [turn(flow)], *entry)
                 if run.checkpoint_due():

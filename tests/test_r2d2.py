@@ -589,6 +589,14 @@ def test_the_example_of_an_item_has_the_shapes_and_types_of_what_actors_make(env
     assert r2d2.row_bytes(config) == exact
 
 
+def test_a_run_says_how_large_its_replay_memory_is_before_it_starts(capsys):
+    config = replace(QUICK, progress=True, total_env_steps=300)
+    result = train(config)
+    assert result.extra["replay_nbytes"] == config.replay_capacity * r2d2.row_bytes(config)
+    size = f"{result.extra['replay_nbytes'] / 1e6:.1f} MB"
+    assert f"10,000 sequences in replay: {size}" in capsys.readouterr().out
+
+
 def test_the_optimiser_is_what_the_settings_say():
     config = replace(MEMORY, optimizer_epsilon=3e-4, learning_rate=2e-3, max_gradient_norm=1e-3)
     items, _, learner = sequences_of(config)
