@@ -227,6 +227,15 @@ def test_a_batch_that_can_never_fill_is_refused_or_found():
     object.__setattr__(stuck, "inference_batch", 17)  # as if nobody had looked
     with pytest.raises(RuntimeError, match="would hang"):
         train(stuck)
+    # Two of three make a batch and end their unroll; the third waits for one of them, they for it.
+    three = replace(SYNC, num_workers=3, unrolls_per_batch=3, total_env_steps=500)
+    with pytest.raises(ValueError, match="wait for ever"):
+        replace(three, inference_batch=16, inference_timeout_s=None)
+    train(replace(three, inference_batch=24, inference_timeout_s=None))
+    object.__setattr__(three, "inference_batch", 16)
+    object.__setattr__(three, "inference_timeout_s", None)
+    with pytest.raises(RuntimeError, match="would hang"):
+        train(three)
 
 
 @pytest.mark.parametrize(
