@@ -165,6 +165,7 @@ def test_every_copy_has_its_rung_and_the_score_is_of_the_least_exploring():
         actor = apex.Actor(config, index)
         seen += list(actor.epsilon)
         scored += list(actor.epsilon[actor.scored])
+        assert actor.scored.sum() == 1  # every actor has all kinds
     assert sorted(seen) == sorted(ladder)
     assert sorted(scored) == sorted(ladder[-3:])
     actor = apex.Actor(config, 0)
@@ -597,6 +598,25 @@ def test_on_a_redis_server_of_its_own_it_learns_catch():
     assert result.evaluate(50).mean > 0.5
     assert result.metrics["priority_lag_max"] == CATCH.updates_per_call
     assert result.metrics["replay_size"] > 10_000
+
+
+@needs_redis
+def test_a_learner_draws_ahead_only_if_more_than_one_call_may_be_in_flight():
+    from rlbook.plumbing.redis_replay import RedisMemory
+    from rlbook.plumbing.redis_server import RedisServer
+
+    actor = apex.Actor(QUICK, 0)
+    made = actor.play(weights_of(actor.flat.vector.clone()))[1]
+    with RedisServer(persistence="none") as server:
+        memory = RedisMemory(server.settings, "drawn", 400, apex.example(QUICK))
+        memory.add(*made)
+        for calls in (1, 2):
+            learner = apex.Learner(replace(QUICK, calls_in_flight=calls), memory=memory)
+            learner.learn()
+            assert (learner._next is not None) == (calls > 1)
+            if learner._next is not None:
+                assert len(learner._next.result().sample.keys) == 32
+        assert memory.total_priority != pytest.approx((made.priorities**0.6).sum())
 
 
 @needs_redis
