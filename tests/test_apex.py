@@ -175,6 +175,28 @@ def test_every_copy_has_its_rung_and_the_score_is_of_the_least_exploring():
     assert {episode.env for episode in report.episodes} <= set(np.flatnonzero(actor.scored))
 
 
+def test_every_copy_acts_by_its_own_epsilon():
+    actor, off = apex.Actor(QUICK, 0), []
+    actor.epsilon = np.array([0.0, 1.0, 0.0, 1.0])
+    step = actor.envs.transition
+
+    def watching(action):
+        off.append(action != actor.seen_q.argmax(-1))
+        return step(action)
+
+    values = actor.values
+
+    def noting():
+        actor.seen_q = values()
+        return actor.seen_q
+
+    actor.values, actor.envs.transition = noting, watching
+    for _ in range(8):
+        actor.play(weights_of(actor.flat.vector.clone()))
+    counts = np.sum(off, 0)
+    assert (counts[[0, 2]] == 0).all() and (counts[[1, 3]] > 5).all()  # of 40, half of them so
+
+
 def test_every_actor_and_every_one_that_replaces_it_draws_anew():
     seen = set()
     for place in ((0, 0), (1, 0), (0, 1)):
