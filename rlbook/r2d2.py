@@ -34,23 +34,22 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from rlbook.data import tree_nbytes
 from rlbook.harness.config import RunConfig, above, at_least, at_most, one_of, within
 from rlbook.harness.doctor import require_memory
 from rlbook.harness.run import Result, Run
 from rlbook.maths.exploration import epsilon_ladder
-from rlbook.maths.losses import huber, masked_mean
-from rlbook.maths.priorities import importance_weights, sequence_priority
-from rlbook.maths.rescaling import rescaled_n_step_returns
+from rlbook.maths.priorities import importance_weights
 from rlbook.parts.envs import Envs, make_envs, require_discrete
 from rlbook.parts.flat import Flat
 from rlbook.parts.meter import Meter
 from rlbook.parts.networks import LivePolicy
 from rlbook.parts.recurrent_q import make_q_network, q_policy
-from rlbook.parts.replay import Sample
-from rlbook.parts.sequences import Rows, Sequence, SequencePlayer, as_tensors, read_again
+from rlbook.parts.sequence_loss import learnt as learnt
+from rlbook.parts.sequence_loss import priority, td_errors
+from rlbook.parts.sequence_loss import sequence_loss as loss_function
+from rlbook.parts.sequences import Rows, Sequence, SequencePlayer, as_tensors
 from rlbook.plumbing.cluster import own_runtime
 from rlbook.plumbing.learner_group import Vector
 from rlbook.plumbing.memory_shard import Made, MemorySettings, MemoryShard, Part
@@ -187,7 +186,7 @@ PRESETS = {
     "default": Config(),
     "masked": MASKED,
     "feedforward": replace(MASKED, lstm_size=0, burn_in_length=0),
-    "cartpole": replace(MASKED, env_id="CartPole-v1"),
+    "cartpole": replace(MASKED, env_id="CartPole-v1", total_env_steps=500_000),
     # With as many processes as a computer has cores; the paper: 256 actors of one copy each.
     "paper": Config(
         env_id="ALE/Pong-v5",
@@ -213,55 +212,6 @@ COSTS |= {"sample": 0.1e-3, "learn": 5e-3, "update": 0.1e-3}
 """Seconds of a unit of work on the virtual cluster, where none are given: one step of 8 copies of
 Memory, one forward pass of 8 rows, cutting what a turn of 20 steps brings, storing it, drawing a
 batch of 32, one update with it, storing its priorities. `units_of_work` measures them here."""
-
-
-def td_errors(q: Tensor, q_target: Tensor, batch: Sequence, config: Config) -> Tensor:
-    """h(R_n + γⁿ h⁻¹(Q)) − Q(x, a) of the m steps, `[m, N]`; gradient through `q` only.
-
-    Args:
-        q: online, of the m + n rows behind the burn-in, `[m + n, N, A]`.
-        q_target: of the target network, likewise.
-        batch: as tensors, time first.
-        config: of the system.
-    """
-    behind, steps = slice(config.burn_in_length, None), config.sequence_length
-    best = (q.detach() if config.double else q_target).argmax(-1, keepdim=True)
-    targets = rescaled_n_step_returns(
-        rewards=batch.reward[behind],
-        discounts=config.discount * batch.discount[behind],
-        values=q_target.gather(-1, best).squeeze(-1),
-        n=config.n_step,
-        epsilon=config.rescaling_epsilon,
-        valid=batch.valid[behind],
-    )
-    chosen = q[:steps].gather(-1, batch.action[behind][:steps].unsqueeze(-1)).squeeze(-1)
-    return torch.where(learnt(batch, config), targets[:steps] - chosen, 0.0)
-
-
-def learnt(batch: Sequence, config: Config) -> Tensor:
-    """Which of the m steps to learn from are steps of the episode, `[m, N]` bool."""
-    return batch.valid[config.burn_in_length :][: config.sequence_length]
-
-
-def priority(errors: Tensor, batch: Sequence, config: Config) -> np.ndarray:
-    """p of each sequence, `[N]`; a little more, so that none is never drawn again."""
-    mix, valid = config.priority_mix, learnt(batch, config)
-    return sequence_priority(errors, mix=mix, valid=valid).numpy() + 1e-6
-
-
-def loss_function(
-    online: nn.Module, target: nn.Module, sample: Sample[Sequence], config: Config
-) -> tuple[Tensor, np.ndarray, dict[str, float]]:
-    """Weighted Huber losses, a mean over valid steps; the sequences' priorities `[N]`; metrics."""
-    batch, stored = as_tensors(sample.items), config.state_init == "stored"
-    q = read_again(online, batch, burn_in=config.burn_in_length, stored=stored)
-    with torch.no_grad():
-        q_target = read_again(target, batch, burn_in=config.burn_in_length, stored=stored)
-    errors, valid = td_errors(q, q_target, batch, config), learnt(batch, config)
-    weights = torch.from_numpy(np.require(sample.weights, None, "W")).to(errors.dtype)
-    loss = masked_mean(weights * huber(errors), valid)
-    error = masked_mean(errors.detach().abs(), valid).item()
-    return loss, priority(errors, batch, config), {"loss": loss.item(), "td_error_mean": error}
 
 
 class Actor(Bundle):
