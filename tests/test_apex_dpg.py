@@ -93,6 +93,9 @@ def test_every_copy_has_its_own_noise_and_the_score_is_of_the_least():
         actor = apex_dpg.Actor(QUICK, index)
         seen += list(actor.noise)
         scored += list(actor.noise[actor.scored])
+    actor = apex_dpg.Actor(replace(QUICK, env_id="test/Reach-v0"), 0)
+    report = actor.play(Vector(0, actor.flat.vector.numpy()))[0]
+    assert {one.env for one in report.episodes} == set(np.flatnonzero(actor.scored)) != {0, 1, 2}
     assert sorted(seen) == sorted(ladder) and sorted(scored) == sorted(ladder[-3:])
 
 
