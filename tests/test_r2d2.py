@@ -265,6 +265,30 @@ def test_the_burn_in_warms_up_both_networks_and_has_no_gradient():
     assert len(losses) == 4, "four ways to begin, four results"
 
 
+@pytest.mark.parametrize("burn_in", [0, 4])
+@pytest.mark.parametrize("state_init", ["stored", "zero"])
+def test_both_networks_begin_with_the_state_that_the_settings_say(state_init, burn_in):
+    config = replace(MEMORY, burn_in_length=burn_in, state_init=state_init)
+    items, _, learner = sequences_of(config)
+    items, networks = in_float64(items), two_networks(learner)
+    assert items.hidden.any() and items.cell.any(), "from within episodes"
+    found = r2d2.loss_function(*networks, as_sample(items), config)[0].item()
+    losses = {}
+    for mine in (True, False):  # whether the online network begins with the stored state
+        for its in (True, False):  # and the target network
+            with torch.no_grad():
+                q, q_target = (
+                    read_again(net, as_tensors(items), burn_in=burn_in, stored=stored)
+                    for net, stored in zip(networks, (mine, its), strict=True)
+                )
+            losses[mine, its], _ = loss_by_loops(
+                q, q_target, items, np.ones(len(items.valid)), config
+            )
+    stored = state_init == "stored"
+    for pair, loss in losses.items():
+        assert math.isclose(found, loss, rel_tol=1e-9) == (pair == (stored, stored)), pair
+
+
 @pytest.mark.parametrize("epsilon", [None, 1e-3])
 def test_priorities_of_the_actors_are_those_of_the_learner(epsilon):
     """The target network is the online one at first: then both find the same errors."""
