@@ -21,7 +21,7 @@ export PYTHONUTF8 := 1
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO := 0
 
 .DEFAULT_GOAL := help
-.PHONY: book test check setup lab chapters bench wheel constraints clean help
+.PHONY: book test check setup lab chapters bench wheel constraints proto clean help
 
 book: $(STAMP) ## build the book (executes only chapters whose stored outputs are stale)
 	@$(PY) -m tools.book build
@@ -79,6 +79,9 @@ wheel: $(STAMP) ## build the package's wheel into dist/
 
 constraints: $(STAMP) ## write constraints.txt from what .venv holds now
 	@$(PY) -m tools.pins
+
+proto: $(STAMP) ## write the code of SEED's messages from rlbook/plumbing/seed.proto
+	@$(PY) -m grpc_tools.protoc -I . --python_out=. --pyi_out=. rlbook/plumbing/seed.proto
 
 clean: ## remove what was built (.venv stays)
 	@rm -rf _build build dist

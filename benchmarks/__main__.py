@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from benchmarks import (
     a3c,
+    apex,
     codecs,
     dppo,
     envs,
@@ -15,6 +16,7 @@ from benchmarks import (
     rate,
     replay,
     rllib,
+    seed_rl,
     solve,
     value_iteration,
     virtual,
@@ -34,7 +36,9 @@ ALL = (
     gorila,
     a3c,
     dppo,
+    apex,
     impala,
+    seed_rl,
     solve,
     rllib,
 )

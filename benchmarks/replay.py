@@ -1,12 +1,16 @@
-"""The sum tree against the fastest in pure Python (numpy) on PyPI: batches of 512 of a million.
+"""Sum trees against the fastest in pure Python on PyPI; a replay shard on Ray; replay on Redis.
 
     python -m benchmarks.replay [--quick]
 
-Runs in the peers' environment. The peers' trees are read as single files, so that neither JAX nor
-the rest of their libraries is needed. "replay" is the whole replay with its arrays, for scale.
+The trees run in the peers' environment: single files of the peers are read, so that neither JAX nor
+the rest of their libraries is needed. (Trees in C++, Rust, Cython or numba are no pure Python; what
+walks one leaf at a time is far behind these two.) A search may have to add up what updates
+left undone, so what counts is "update + sample" in turn, as in training. Then, in this environment:
+the whole memory with its arrays in this process, as a shard on Ray, and on a real Redis server.
 """
 
 import json
+import shutil
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -23,12 +27,17 @@ from benchmarks.common import (
     parser,
     peer_module,
     peers_available,
+    print_targets,
     table,
+    target,
 )
 from rlbook.parts.replay import PrioritizedReplay, SumTree
 
-BATCH = 512
-COLUMNS = ("what", "leaves", "operation", "batches/s", "items/s", "× best peer")
+BATCH, BATCHES = 512, (32, 128, 512)
+COLUMNS = ("what", "leaves", "batch", "operation", "batches/s", "items/s")
+RATIOS = ("× best peer", "× in process")
+BOTH = "update + sample"
+LEAST_RATIO, LEAST_ADDED, LEAST_SAMPLED, LEAST_REDIS = 5.0, 200_000.0, 100_000.0, 30_000.0
 
 
 class Items(NamedTuple):
@@ -96,93 +105,186 @@ def trees(size: int) -> dict[str, Operations]:
 
 def agree(found: dict[str, Operations], size: int) -> None:
     """All trees must find the same leaves, or the race is void."""
-    draws = (np.arange(BATCH) + 0.5) / BATCH
+    draws = (np.arange(BATCH) + 0.5) / BATCH  # of the middles: no rounding decides
     answers = [np.asarray(tree["sample"](np.arange(BATCH), draws)) for tree in found.values()]
     for answer in answers[1:]:
         if not np.array_equal(answer, answers[0]):
             raise RuntimeError(f"the trees of {size} leaves find different leaves")
 
 
-def race(size: int, rounds: int, calls: int) -> list[Row]:
-    """Every tree's update and sample, in turns."""
+def race(size: int, batch: int, rounds: int, calls: int) -> list[Row]:
+    """Every tree's update, sample, and both in turn."""
     found = trees(size)
     agree(found, size)
     rng = np.random.default_rng(2)
-    leaves = [rng.integers(size, size=BATCH) for _ in range(64)]
-    values = [rng.random(BATCH) + 0.01 for _ in range(64)]
-    draws = [(np.arange(BATCH) + rng.random(BATCH)) / BATCH for _ in range(64)]
+    leaves = [rng.integers(size, size=batch) for _ in range(64)]
+    values = [rng.random(batch) + 0.01 for _ in range(64)]
+    draws = [(np.arange(batch) + rng.random(batch)) / batch for _ in range(64)]
     rows = []
-    for operation, arguments in (("update", values), ("sample", draws)):
+    for operation in ("update", "sample", BOTH):
         actions = {
-            name: cycling(tree[operation], leaves, arguments) for name, tree in found.items()
+            name: cycling(tree, operation.split(" + "), leaves, values, draws)
+            for name, tree in found.items()
         }
         seconds = in_turns(actions, calls=dict.fromkeys(actions, calls), rounds=rounds)
         peers = [value for name, value in seconds.items() if name != "rlbook"]
         for name, value in seconds.items():
-            made = line(f"tree: {name}", size, operation, value)
+            made = line(f"tree: {name}", size, operation, value, batch)
             made["× best peer"] = min(peers) / value if peers else None
             rows.append(made)
     return rows
 
 
 def cycling(
-    action: Callable[[np.ndarray, np.ndarray], Any],
-    first: list[np.ndarray],
-    second: list[np.ndarray],
+    tree: Operations,
+    operations: list[str],
+    leaves: list[np.ndarray],
+    values: list[np.ndarray],
+    draws: list[np.ndarray],
 ) -> Callable[[], Any]:
-    """Calls an action with other arguments each time."""
+    """Does the operations with other arguments each time."""
     turn = 0
 
     def call() -> None:
         nonlocal turn
-        turn = (turn + 1) % len(first)
-        action(first[turn], second[turn])
+        turn = (turn + 1) % len(leaves)
+        for operation in operations:
+            given = values if operation == "update" else draws
+            tree[operation](leaves[turn], given[turn])
 
     return call
 
 
-def line(what: str, size: int, operation: str, seconds: float) -> Row:
+def line(what: str, size: int, operation: str, seconds: float, batch: int = BATCH) -> Row:
     """A row of the table."""
     return {
         "what": what,
         "leaves": size,
+        "batch": batch,
         "operation": operation,
         "batches/s": 1 / seconds,
-        "items/s": BATCH / seconds,
+        "items/s": batch / seconds,
     }
 
 
-def whole_replay(size: int, rounds: int, calls: int) -> list[Row]:
-    """Add, sample and update of the prioritised replay, its data included."""
-    replay: PrioritizedReplay[Items] = PrioritizedReplay(size)
-    replay.add(items(size))
-    batch = items(BATCH)
-    keys = replay.sample(BATCH).keys
-    priorities = np.random.default_rng(3).random(BATCH) + 0.01
+def memory(what: str, there: Any, size: int, rounds: int, calls: int) -> list[Row]:
+    """Add, sample and update of a prioritised replay, its data included."""
+    rng, step = np.random.default_rng(3), min(size, 1 << 14)
+    for _ in range(0, size, step):
+        there.add(items(step), rng.random(step))
+    batch, priorities = items(BATCH), rng.random(BATCH) + 0.01
+    keys = there.sample(BATCH).keys
     actions: dict[str, Callable[[], Any]] = {
-        "sample": lambda: replay.sample(BATCH),
-        "update": lambda: replay.update_priorities(keys, priorities),
-        "add": lambda: replay.add(batch),
+        "add": lambda: there.add(batch, priorities),
+        "sample": lambda: there.sample(BATCH),
+        "update": lambda: there.update_priorities(keys, priorities),
     }
     seconds = in_turns(actions, calls=dict.fromkeys(actions, calls), rounds=rounds)
-    return [line("replay: rlbook", size, name, value) for name, value in seconds.items()]
+    return [line(what, size, name, value) for name, value in seconds.items()]
+
+
+def shard(size: int, rounds: int, calls: int) -> list[Row]:
+    """The same as a process of its own on Ray; this process sends and receives every batch."""
+    from rlbook.plumbing.memory_shard import Made, MemorySettings, MemoryShard, Priorities
+    from rlbook.plumbing.runtime import RayRuntime
+
+    rng = np.random.default_rng(4)
+    with RayRuntime(num_cpus=1) as runtime:
+        there = runtime.remote(MemoryShard).remote(MemorySettings(size), 0)
+        many = Made(items(size), rng.random(size))
+        runtime.get(there.keep.remote(many))
+        batch, priorities = items(BATCH), rng.random(BATCH) + 0.01
+        keys = runtime.get(there.draw.remote(BATCH, 1.0))[1].sample.keys
+
+        def several(send: Callable[[], Any]) -> Callable[[], Any]:
+            return lambda: runtime.get([send() for _ in range(calls)])
+
+        actions = {
+            "add": several(lambda: there.keep.remote(Made(batch, priorities))),
+            "sample": several(lambda: there.draw.remote(BATCH, 1.0)),
+            "update": several(lambda: there.correct.remote(Priorities(keys, priorities))),
+        }
+        seconds = in_turns(actions, calls=dict.fromkeys(actions, 1), rounds=rounds)
+    return [line("replay: shard on Ray", size, n, s / calls) for n, s in seconds.items()]
+
+
+def on_redis(size: int, rounds: int, calls: int) -> list[Row]:
+    """The same on a Redis server of our own, with and without a log; none if there is no Redis."""
+    from rlbook.plumbing.redis_replay import RedisMemory
+    from rlbook.plumbing.redis_server import HOW_TO_INSTALL, Persistence, RedisServer
+
+    example = Items(*(field[0] for field in items(1)))
+    rows: list[Row] = []
+    kinds: tuple[Persistence, ...] = ("none", "everysec", "always")
+    if shutil.which("redis-server") is None:
+        print(HOW_TO_INSTALL, file=sys.stderr)
+        return rows
+    for persistence in kinds:
+        with RedisServer(persistence=persistence) as server:
+            there = RedisMemory(server.settings, "measured", size, example)
+            rows += memory(f"replay: Redis, {persistence}", there, size, rounds, calls)
+    return rows
+
+
+def figures(rows: list[Row]) -> list[Row]:
+    """What this book promises."""
+
+    def rate(what: str, operation: str) -> float | None:
+        found = [r for r in rows if r["what"].startswith(what) and r["operation"] == operation]
+        return min((row["items/s"] for row in found), default=None)
+
+    trees = [row for row in rows if row["what"] == "tree: rlbook" and row["operation"] == BOTH]
+    ratios = [row["× best peer"] for row in trees if row["batch"] == BATCH and row["× best peer"]]
+    return [
+        target(
+            f"sum tree, {BOTH}, batch {BATCH}: × the fastest peer",
+            min(ratios, default=None),
+            least=LEAST_RATIO,
+        ),
+        target(
+            "shard on Ray: items added a second", rate("replay: shard", "add"), least=LEAST_ADDED
+        ),
+        target(
+            "shard on Ray: items sampled a second",
+            rate("replay: shard", "sample"),
+            least=LEAST_SAMPLED,
+        ),
+        target(
+            "Redis, logged every second: items sampled a second",
+            rate("replay: Redis, everysec", "sample"),
+            least=LEAST_REDIS,
+        ),
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures in a fresh process of the peers' environment, where there is one."""
-    flags = parser("The sum tree against the fastest pure-Python ones from PyPI.")
-    flags.add_argument("--worker", action="store_true", help="measure here and print JSON")
+    """Measures in fresh processes, the trees in the peers' environment, where there is one."""
+    flags = parser("Sum trees and replay memories.")
+    flags.add_argument("--worker", choices=("trees", "memories"), help="measure here, print JSON")
     options = flags.parse_args(arguments)
-    sizes, rounds, calls = ([1 << 10], 2, 3) if options.quick else ([1 << 17, 1 << 20], 7, 200)
-    if options.worker:
-        rows = [row for size in sizes for row in race(size, rounds, calls)]
-        print(json.dumps({"rows": rows + whole_replay(sizes[-1], rounds, calls)}))
+    sizes, rounds, calls = ([1 << 10], 2, 3) if options.quick else ([1 << 16, 1 << 20], 7, 100)
+    size = sizes[0]
+    if options.worker == "trees":
+        rows = [row for n in sizes for batch in BATCHES for row in race(n, batch, rounds, calls)]
+        print(json.dumps({"rows": rows}))
+        return
+    if options.worker == "memories":
+        rows = memory("replay: this process", PrioritizedReplay(size), size, rounds, calls)
+        here = {row["operation"]: row["batches/s"] for row in rows}
+        rows += on_redis(size, rounds, calls)
+        rows += [] if options.quick else shard(size, rounds, calls)
+        for row in rows:
+            row["× in process"] = row["batches/s"] / here[row["operation"]]
+        print(json.dumps({"rows": rows}))
         return
     quick = ["--quick"] if options.quick else []
     peer = peers_available() and not options.quick
-    rows = child(["benchmarks.replay", "--worker", *quick], peer=peer)["rows"]
-    table(f"Sum trees and replay, batches of {BATCH}", rows, COLUMNS)
-    keep("replay", rows, [], options)
+    rows = child(["benchmarks.replay", "--worker", "trees", *quick], peer=peer)["rows"]
+    rows += child(["benchmarks.replay", "--worker", "memories", *quick])["rows"]
+    table("Sum trees and replay memories", rows, COLUMNS + RATIOS)
+    targets = [] if options.quick else figures(rows)
+    print_targets(targets)
+    keep("replay", rows, targets, options)
 
 
 if __name__ == "__main__":

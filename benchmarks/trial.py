@@ -24,12 +24,16 @@ SYSTEMS = {
     "a3c": ("a3c", "default"),
     "dppo": ("dppo", "default"),
     "dppo_server": ("dppo", "parameter_server"),
+    "apex": ("apex", "default"),
+    "apex_redis": ("apex", "redis"),
     "impala": ("impala", "default"),
     "impala_throughput": ("impala", "throughput"),
+    "seed_rl": ("seed_rl", "default"),
+    "seed_rl_throughput": ("seed_rl", "throughput"),
 }
 """Name in the tables → module and preset."""
 
-STEPS = {"impala_throughput": 10_000_000}
+STEPS = {"seed_rl_throughput": 10_000_000, "impala_throughput": 10_000_000}
 PILOT_STEPS = 20_000
 
 

@@ -67,6 +67,8 @@ class Unroll(NamedTuple):
     actor: int = 0
     version: int = 0
     """Version of the parameters that the actor acted with."""
+    begins: bool = False
+    """It does not follow from the actor's unroll before. Told by servers (SEED RL) alone."""
 
     @property
     def valid(self) -> np.ndarray:

@@ -39,15 +39,12 @@ from rlbook.data import AgentOutput, Unroll, tree_map, tree_nbytes
 from rlbook.harness.config import RunConfig, above, at_least, one_of, within
 from rlbook.harness.measures import mean_metrics
 from rlbook.harness.run import Result, Run
-from rlbook.maths.losses import entropy_loss, log_prob, policy_gradient_loss, value_loss
-from rlbook.maths.vtrace import vtrace
 from rlbook.parts.acting import Sampler, make_actor_critic, sampling_policy
 from rlbook.parts.envs import Episode
 from rlbook.parts.flat import Flat
 from rlbook.parts.meter import Meter
 from rlbook.parts.networks import LivePolicy
 from rlbook.parts.optim import RMSProp
-from rlbook.parts.recurrent import unrolled
 from rlbook.parts.tasks import (
     common_shape,
     keep_returns,
@@ -58,6 +55,7 @@ from rlbook.parts.tasks import (
 )
 from rlbook.parts.unroll import collect_unroll
 from rlbook.parts.unroll_replay import UnrollReplay, side_by_side
+from rlbook.parts.vtrace_loss import vtrace_losses
 from rlbook.plumbing.cluster import own_runtime
 from rlbook.plumbing.flow import Flow, Turn, Update, lag_metrics, remote_flow
 from rlbook.plumbing.learner_group import Peer, Share, Vector
@@ -230,31 +228,10 @@ def loss_function(
     network: nn.Module, unroll: Unroll, config: Config
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Policy gradient, value and entropy with V-trace's targets; mean or sum over rows."""
-    logits, values = unrolled(network, unroll)  # time folded into the batch, but for the LSTM
-    # The shift: what was seen and done at t (left) led to the reward and discount at t + 1 (right).
-    logits, bootstrap, values = logits[:-1], values[-1].detach(), values[:-1]
-    actions, valid = torch.from_numpy(unroll.agent_outputs.action), torch.from_numpy(unroll.valid)
-    behaviour_logits = torch.from_numpy(unroll.agent_outputs.logits)
-    log_rhos = log_prob(logits.detach(), actions) - log_prob(behaviour_logits, actions)
-    targets = vtrace(
-        log_rhos=log_rhos if config.correction == "vtrace" else torch.zeros_like(log_rhos),
-        discounts=config.discount * torch.from_numpy(unroll.env_outputs.discount[1:]),
-        rewards=torch.from_numpy(unroll.env_outputs.reward[1:]),
-        values=values.detach(),
-        bootstrap_value=bootstrap,
-        valid=valid,
-        rho_bar=config.rho_bar,
-        c_bar=config.c_bar,
-        pg_rho_bar=config.rho_bar,
-        lambda_=config.lambda_,
-    )
-    advantage = targets.pg_advantages
-    policy = policy_gradient_loss(logits=logits, actions=actions, advantages=advantage, valid=valid)
-    value = value_loss(values=values, targets=targets.vs, valid=valid)
-    entropy = entropy_loss(logits=logits, valid=valid)
+    policy, value, entropy, rows = vtrace_losses(network, unroll, config)
     loss = policy + config.value_cost * value + config.entropy_cost * entropy
     if config.loss_reduction == "sum":
-        loss = loss * valid.sum()
+        loss = loss * rows
     return loss, {"loss": loss, "policy_loss": policy, "value_loss": value, "entropy": -entropy}
 
 

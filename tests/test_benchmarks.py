@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from benchmarks import (
     a3c,
+    apex,
     codecs,
     common,
     dppo,
@@ -27,6 +29,7 @@ from benchmarks import (
     replay,
     rllib,
     rllib_peer,
+    seed_rl,
     solve,
     value_iteration,
     virtual,
@@ -64,6 +67,14 @@ def test_a3c(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="no redis-server")
+def test_apex(tmp_path: Path) -> None:
+    rows = written(apex, tmp_path)["rows"]
+    assert [row["system"] for row in rows] == ["apex", "apex_redis", "dqn"]
+    assert all(row["what"] == "rate" and row["steps/s"] > 0 for row in rows)
+
+
+@pytest.mark.slow
 def test_gorila(tmp_path: Path) -> None:
     rows = written(gorila, tmp_path)["rows"]
     assert [(row["system"], row["what"]) for row in rows] == [("gorila", "rate"), ("dqn", "rate")]
@@ -82,10 +93,32 @@ def test_value_iteration(tmp_path: Path) -> None:
 
 def test_replay(tmp_path: Path) -> None:
     rows = written(replay, tmp_path)["rows"]
-    operations = [(row["what"], row["operation"]) for row in rows]
-    whole = [("replay: rlbook", name) for name in ("sample", "update", "add")]
-    assert operations == [("tree: rlbook", "update"), ("tree: rlbook", "sample"), *whole]
-    assert all(row["items/s"] == pytest.approx(replay.BATCH * row["batches/s"]) for row in rows)
+    made = [(row["what"], row["batch"], row["operation"]) for row in rows]
+    operations = ("update", "sample", replay.BOTH)
+    assert made[:9] == [
+        ("tree: rlbook", batch, operation) for batch in replay.BATCHES for operation in operations
+    ]
+    memories = ["this process"]
+    if shutil.which("redis-server"):
+        memories += [f"Redis, {kind}" for kind in ("none", "everysec", "always")]
+    assert made[9:] == [
+        (f"replay: {what}", replay.BATCH, operation)
+        for what in memories
+        for operation in ("add", "sample", "update")
+    ]
+    assert all(row["items/s"] == pytest.approx(row["batch"] * row["batches/s"]) for row in rows)
+
+
+def test_figures_of_replay_take_the_worst_row() -> None:
+    rows = [
+        {**replay.line("tree: rlbook", size, replay.BOTH, 1e-4), "× best peer": ratio}
+        for size, ratio in ((1 << 16, 6.0), (1 << 20, 4.5))
+    ]
+    rows += [replay.line("replay: shard on Ray", 1 << 16, "add", 512 / 250_000)]
+    rows += [replay.line("replay: shard on Ray", 1 << 16, "sample", 512 / 90_000)]
+    found = replay.figures(rows)
+    assert [line["measured"] for line in found] == pytest.approx([4.5, 250_000, 90_000, None])
+    assert [line["reached"] for line in found] == [False, True, False, False]
 
 
 def test_codecs(tmp_path: Path) -> None:
@@ -236,6 +269,31 @@ def test_impala(tmp_path: Path) -> None:
     # No process steps more than 1,000 times a second if each step takes a millisecond of its core.
     assert max(bound["ceiling before"], bound["ceiling after"]) <= 2_000 * 1.01
     assert bound["training steps/s"] <= 2_000 * 1.01
+
+
+@pytest.mark.slow
+def test_seed_rl(tmp_path: Path) -> None:
+    *roads, run = written(seed_rl, tmp_path)["rows"]
+    assert [row["road"] for row in roads] == list(seed_rl.ROADS)
+    assert all(row["ours/s"] > 0 and row["echo/s"] > 0 for row in roads)
+    assert all(row["bytes"] == 84 * 84 * 4 + 9 for row in roads)
+    assert (run["system"], run["what"]) == ("seed_rl", "rate") and run["steps/s"] > 0
+
+
+def test_the_figures_of_seed_rl() -> None:
+    def reached(ours: float, share: float, rate: float, seconds: float) -> list[bool]:
+        run = {"system": "seed_rl", "solved": True, "seconds": seconds, "steps/s": rate}
+        rows: list[common.Row] = [
+            {"road": "unix", "what": "round trips", "ours/s": ours, "of echo": share},
+            {"road": "tcp", "what": "round trips", "ours/s": 1.0, "of echo": 0.1},
+            {**run, "what": "until solved"},
+            {**run, "what": "rate"},
+            {**run, "system": "seed_rl_throughput", "what": "rate", "steps/s": 1.0},
+        ]
+        return [row["reached"] for row in seed_rl.figures(rows)]
+
+    assert reached(4_000.0, 0.85, 110_000.0, 6.0) == [True] * 4
+    assert reached(3_999.0, 0.84, 109_000.0, 6.1) == [False] * 4
 
 
 @pytest.mark.slow

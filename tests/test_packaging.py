@@ -103,6 +103,7 @@ def test_the_wheel_works_in_an_empty_environment(tmp_path: Path) -> None:
     subprocess.run([*install, str(wheel)], check=True, cwd=tmp_path)
     installed = Path(packages.stdout.strip())
     assert (installed / "rlbook" / "cli.py").is_file()
+    assert (installed / "rlbook" / "plumbing" / "redis_replay.lua").is_file()
     here = sysconfig.get_paths()["purelib"]
     (installed / "dependencies.pth").write_text(f"import sys; sys.path.append({here!r})\n")
 

@@ -165,16 +165,19 @@ def _edge(box: Box, toward: Box) -> tuple[float, float]:
 
 
 FAMILY = {
-    "01_mdp": Box(0.0, 0.0, "01 MDP\nexact planning"),
-    "02_td": Box(4.4, 0.0, "02 TD\nsamples, tables"),
-    "03_dqn": Box(8.8, 1.6, "03 DQN\n2013–15"),
-    "04_policy_gradient": Box(8.8, -1.6, "04 policy gradient\nA2C, PPO"),
-    "05_parallelism": Box(4.4, -4.2, "05 parallelism\nRay, virtual cluster", width=3.6),
-    "06_parameter_server": Box(13.2, -4.2, "06 parameter server\n2012–14", width=3.6),
-    "07_gorila": Box(16.8, 1.6, "07 Gorila\n2015"),
-    "08_a3c": Box(18.2, -0.6, "08 A3C\n2016"),
-    "09_dppo": Box(18.2, -2.7, "09 distributed PPO\n2017–19", width=3.6),
-    "11_impala": Box(22.6, -0.6, "11 IMPALA\n2018"),
+    "01_mdp": Box(0.0, 2.2, "01 MDP\nexact planning"),
+    "02_td": Box(0.0, 0.0, "02 TD\nsamples, tables"),
+    "03_dqn": Box(4.4, 2.2, "03 DQN\n2013–15"),
+    "04_policy_gradient": Box(4.4, 0.0, "04 policy gradient\nA2C, PPO"),
+    "05_parallelism": Box(0.0, -2.2, "05 parallelism\nRay, virtual cluster", width=3.6),
+    "06_parameter_server": Box(4.4, -2.2, "06 parameter server\n2012–14", width=3.6),
+    "07_gorila": Box(8.8, 2.2, "07 Gorila\n2015"),
+    "08_a3c": Box(8.8, 0.0, "08 A3C\n2016"),
+    "09_dppo": Box(8.8, -2.2, "09 distributed PPO\n2017–19", width=3.6),
+    "10_apex": Box(13.2, 2.2, "10 Ape-X\n2018"),
+    "11_impala": Box(13.2, 0.0, "11 IMPALA\n2018"),
+    "12_r2d2": Box(17.6, 2.2, "12 R2D2\n2019"),
+    "13_seed_rl": Box(17.6, 0.0, "13 SEED RL\n2020"),
 }
 """The systems that the book has so far, by chapter."""
 
@@ -190,7 +193,11 @@ DESCENT = [
     Arrow("06_parameter_server", "08_a3c"),
     Arrow("04_policy_gradient", "09_dppo"),
     Arrow("06_parameter_server", "09_dppo"),
+    Arrow("07_gorila", "10_apex"),
     Arrow("08_a3c", "11_impala"),
+    Arrow("10_apex", "12_r2d2"),
+    Arrow("11_impala", "13_seed_rl"),
+    Arrow("12_r2d2", "13_seed_rl"),
 ]
 
 

@@ -34,6 +34,8 @@ METRICS = {
     "q_mean": "mean of max_a Q(x, a) over the observations x that the actor met",
     "policy_lag_mean": "mean number of updates between the parameters that acted and the update",
     "policy_lag_max": "largest number of the same updates",
+    "priority_lag_mean": "mean number of updates between the draw of a batch and its own",
+    "priority_lag_max": "largest number of the same updates",
     "staleness_mean": "mean number of versions of the server between pull and apply",
     "staleness_max": "largest number of the same versions",
     "gradients_rejected": "part of the gradients that the server refused, as stale or as outliers",
@@ -47,6 +49,7 @@ METRICS = {
     "inference_time_fraction": "part of the same time spent in forward passes to act",
     "gradient_time_fraction": "part of the same time spent in gradients",
     "waiting_time_fraction": "part of the same time spent in sums over a group: mostly waiting",
+    "inference_batch_mean": "mean rows of a forward pass of central inference",
     "env_ceiling_fraction": "env_steps_per_s / what the same environments alone can step a second",
     "replay_size": "transitions in replay",
     "replay_ratio": "transitions sampled for learning / environment steps",
@@ -143,6 +146,13 @@ class Progress:
             print(
                 f"{self._title}: {steps:,} of {self._total:,}, {shown}, at most {left:.0f} s left"
             )
+
+    def say(self, text: str) -> None:
+        """A line of its own, once."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        elif self._in_notebook:
+            print(text)
 
     def close(self) -> None:
         """Ends the line."""

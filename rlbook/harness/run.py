@@ -171,6 +171,10 @@ class Run:
         if self._checkpoints == "regular" and self.checkpoint_due():
             self.checkpoint()
 
+    def say(self, text: str) -> None:
+        """A line for people, where the run shows how it goes; nothing elsewhere."""
+        self._progress.say(text)
+
     def wall_time_s(self) -> float:
         """Seconds of training so far, without evaluations and checkpoints."""
         return self._watch.seconds()

@@ -47,34 +47,45 @@ def powered_priorities(priorities: Array, *, exponent: float) -> Array:
 
 
 def importance_weights(
-    probabilities: Array, *, size: int, exponent: float, normalize: bool = True
+    probabilities: Array,
+    *,
+    size: int,
+    exponent: float,
+    normalize: bool = True,
+    smallest: float | None = None,
 ) -> Array:
     """w_i = (N P(i))^-β / max_j w_j (arXiv:1511.05952, section 3.4).
 
     It undoes the bias of not drawing uniformly. The maximum is over the *batch* given here, as in
     dqn_zoo, Acme and SEED RL; baselines and TorchRL take it over the whole buffer, which gives
-    smaller weights. Dividing by it means that weights only ever shrink a step; N cancels. With
-    shards, P(i) must be the probability over all shards together.
+    smaller weights (give `smallest` for that). Dividing by it means that weights only ever shrink a
+    step; N cancels. With shards, P(i) must be the probability over all shards together.
 
     Args:
         probabilities: `[B]`, P(i) > 0 of the items drawn.
         size: N, the items that could have been drawn (only matters without `normalize`).
         exponent: β >= 0; 0 does not correct, 1 corrects in full.
         normalize: divide by the batch's maximum.
+        smallest: min_j P(j) > 0 over the whole buffer: divide by the buffer's maximum instead.
 
     Returns:
         `[B]`, dtype as it came.
 
     Raises:
-        ValueError: empty, not 1-D, not positive or not finite probabilities, size < 1, or β < 0.
+        ValueError: empty, not 1-D, not positive or not finite probabilities, size < 1, β < 0, or a
+            `smallest` that is not positive.
     """
     _check_vector("probabilities", probabilities)
     _check_exponent(exponent)
     if size < 1:
         raise ValueError(f"size must be at least 1, not {size}")
-    least = probabilities.min()
+    least: Any = probabilities.min()
     if not bool(least > 0):
         raise ValueError("probabilities must be positive: what cannot be drawn has no weight")
+    if smallest is not None:
+        if not smallest > 0:
+            raise ValueError(f"smallest must be positive, not {smallest}")
+        least = smallest
     if normalize:
         return (least / probabilities) ** exponent  # = (N P_i)^-β / (N min_j P_j)^-β
     return (size * probabilities) ** -exponent

@@ -6,9 +6,11 @@ Both functions are written so that nothing cancels near 0: the textbook form of 
 digits there in float32.
 """
 
+import torch
 from torch import Tensor
 
 from rlbook.maths.checks import check_floats, check_number
+from rlbook.maths.returns import n_step_returns
 
 
 def h(x: Tensor, epsilon: float = 1e-3) -> Tensor:
@@ -39,3 +41,44 @@ def h_inverse(x: Tensor, epsilon: float = 1e-3) -> Tensor:
     root = (1 + 4 * epsilon * (size + 1 + epsilon)).sqrt()
     slope = (2 - 4 * epsilon / (root + (1 + 2 * epsilon))) / (root + 1)  # u - 1 = |x| slope
     return x * slope * (size * slope + 2)
+
+
+@torch.no_grad()
+def rescaled_n_step_returns(
+    *,
+    rewards: Tensor,
+    discounts: Tensor,
+    values: Tensor,
+    n: int,
+    epsilon: float | None = 1e-3,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """h(Σ_{k<n} γ^k r_{t+k} + γ^n h⁻¹(V(x_{t+n}))): targets for values learnt as h(V).
+
+    R2D2 (Kapturowski et al., ICLR 2019, section 2.3, equation 1), where V is the target network's
+    value of the online network's best action.
+
+    Args:
+        rewards: `[T, ...]`, r_t.
+        discounts: `[T, ...]`, γ_t: gamma, or 0 at a termination.
+        values: `[T + 1, ...]`, V(x_t), rescaled.
+        n: steps of reward, at least 1; fewer where the rows or an episode end.
+        epsilon: ε of h; None learns V as it is: h(x) = x.
+        valid: bool `[T, ...]`, False where x_t is the last of an episode and on padding.
+
+    Returns:
+        `[T, ...]`; without gradient.
+
+    Raises:
+        ValueError: shapes or dtypes differ, n < 1, or ε < 0.
+    """
+    plain = values if epsilon is None else h_inverse(values, epsilon)
+    returns = n_step_returns(
+        rewards=rewards,
+        discounts=discounts,
+        values=plain[:-1],
+        bootstrap_value=plain[-1],
+        n=n,
+        valid=valid,
+    )
+    return returns if epsilon is None else h(returns, epsilon)

@@ -28,10 +28,11 @@ from rlbook.parts.env_state import restore, snapshot
 
 OWN_ENVS = {
     "rlbook/Catch-v0": "rlbook.parts.catch:Catch",
+    "rlbook/MaskedCartPole-v0": "rlbook.parts.masked_cartpole:MaskedCartPole",
     "rlbook/Memory-v0": "rlbook.parts.memory:Memory",
     "rlbook/Costly-v0": "rlbook.parts.costly:Costly",
 }
-TIME_LIMITS = {"rlbook/Costly-v0": 500}
+TIME_LIMITS = {"rlbook/Costly-v0": 500, "rlbook/MaskedCartPole-v0": 500}
 """Steps after which an episode is cut, where the environment does not end it by itself."""
 
 
@@ -250,10 +251,10 @@ def make_envs(
 
     Args:
         env_id: any Gymnasium id; `rlbook/Catch-v0`, `rlbook/GridWorld-v0`, `rlbook/Memory-v0`,
-            `rlbook/Costly-v0`; Atari as `ALE/Pong-v5` (needs the extra `atari`), with the
-            preprocessing of Mnih et al. (2015): grey 84 × 84 frames, the maximum of two, four
-            stacked, each action four times, up to 30 no-ops at the start, no sticky actions.
-            Unlike there, the loss of a life does not end an episode.
+            `rlbook/MaskedCartPole-v0`, `rlbook/Costly-v0`; Atari as `ALE/Pong-v5` (needs the extra
+            `atari`), with the preprocessing of Mnih et al. (2015): grey 84 × 84 frames, the maximum
+            of two, four stacked, each action four times, up to 30 no-ops at the start, no sticky
+            actions. Unlike there, the loss of a life does not end an episode.
         num_envs: B.
         seed: of the first reset.
         autoreset_mode: "next_step", "same_step" or "disabled"; environments with a native vector

@@ -107,12 +107,14 @@ def td_gradient(
     return absolute.numpy(), metrics
 
 
-def epsilon_greedy(q: np.ndarray, epsilon: float, rng: np.random.Generator) -> np.ndarray:
+def epsilon_greedy(
+    q: np.ndarray, epsilon: float | np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
     """The best action of each row `[B]`, or with probability `epsilon` any action.
 
     Args:
         q: action values `[B, A]`.
-        epsilon: 0 to 1.
+        epsilon: 0 to 1, for all rows or for each `[B]`.
         rng: where the draws come from.
     """
     action = q.argmax(-1)

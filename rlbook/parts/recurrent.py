@@ -1,7 +1,8 @@
-"""An actor-critic with memory: an LSTM between the torso and the heads, and how it acts.
+"""Networks with memory: an LSTM between the torso and the heads, and how an actor-critic acts.
 
     x_t ──► torso ──► LSTM ──┬─► policy head: logits       time first: [T, B, …]
-              first_t ──►│   └─► value head:  value
+              first_t ──►│   ├─► value head:  value
+                         │   └─► Q head, or dueling V + A: q [T, B, A]
     state before t ──────┴────► state after t              (h, c), [B, H] each
 
 The state is zeroed where `first` is True *before* the step at t: nothing of one episode is known in
@@ -54,8 +55,7 @@ class RecurrentActorCritic(nn.Module):
     def initial_state(self, num_envs: int) -> State:
         """What is known before an episode begins: zeros, `[B, H]` twice."""
         like = self.policy_head.weight
-        zeros = torch.zeros(num_envs, self.core.hidden_size, dtype=like.dtype, device=like.device)
-        return zeros, zeros.clone()
+        return no_memory_of(like, num_envs, self.core.hidden_size)
 
     def forward(
         self, observation: Tensor, first: Tensor, state: State
@@ -67,18 +67,83 @@ class RecurrentActorCritic(nn.Module):
             first: `[T, B]` bool: where an episode begins, and the state is zeroed.
             state: before row 0, `[B, H]` twice.
         """
-        steps, copies = observation.shape[:2]
-        features = self.torso(observation.flatten(0, 1)).unflatten(0, (steps, copies))
-        begins = [0, *(i for i in first.any(1).nonzero().flatten().tolist() if i > 0), steps]
-        outputs = []
-        for start, end in zip(begins[:-1], begins[1:], strict=True):
-            keep = (~first[start]).to(features.dtype).unsqueeze(-1)
-            h, c = (part * keep for part in state)
-            output, (h, c) = self.core(features[start:end], (h.unsqueeze(0), c.unsqueeze(0)))
-            outputs.append(output)
-            state = (h.squeeze(0), c.squeeze(0))
-        memory = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        memory, state = remembered(self.torso, self.core, observation, first, state)
         return self.policy_head(memory), self.value_head(memory).squeeze(-1), state
+
+
+class RecurrentQNetwork(nn.Module):
+    """Action values with memory (R2D2, Kapturowski et al., 2019: an LSTM after the torso).
+
+    Args:
+        observation_shape: of one observation; `(C, 84, 84)` gets Atari's convolutions.
+        num_actions: A.
+        lstm_size: H.
+        hidden_sizes: of the fully connected torso (unused for Atari's frames).
+        dueling: q = V + A − mean A (Wang et al., 2016, equation 9) instead of one head.
+    """
+
+    def __init__(
+        self,
+        observation_shape: Sequence[int],
+        num_actions: int,
+        lstm_size: int = 64,
+        hidden_sizes: Sequence[int] = (64,),
+        dueling: bool = True,
+    ) -> None:
+        super().__init__()
+        self.torso = make_torso(observation_shape, hidden_sizes)
+        self.core = nn.LSTM(self.torso.features, lstm_size)
+        self.advantage_head = nn.Linear(lstm_size, num_actions)
+        self.value_head = nn.Linear(lstm_size, 1) if dueling else None
+
+    def initial_state(self, num_envs: int) -> State:
+        """What is known before an episode begins: zeros, `[B, H]` twice."""
+        return no_memory_of(self.advantage_head.weight, num_envs, self.core.hidden_size)
+
+    def forward(self, observation: Tensor, first: Tensor, state: State) -> tuple[Tensor, State]:
+        """q `[T, B, A]` and the state after the last row.
+
+        Args:
+            observation: `[T, B, ...]`.
+            first: `[T, B]` bool: where an episode begins, and the state is zeroed.
+            state: before row 0, `[B, H]` twice.
+        """
+        memory, state = remembered(self.torso, self.core, observation, first, state)
+        advantage = self.advantage_head(memory)
+        if self.value_head is None:
+            return advantage, state
+        return self.value_head(memory) + advantage - advantage.mean(-1, keepdim=True), state
+
+
+def no_memory_of(like: Tensor, num_envs: int, size: int) -> State:
+    """Zeros `[B, H]` twice, of the kind of `like`."""
+    zeros = torch.zeros(num_envs, size, dtype=like.dtype, device=like.device)
+    return zeros, zeros.clone()
+
+
+def remembered(
+    torso: nn.Module, core: nn.LSTM, observation: Tensor, first: Tensor, state: State
+) -> tuple[Tensor, State]:
+    """What the LSTM says to each row, `[T, B, H]`, and the state after the last.
+
+    Args:
+        torso: sees time folded into the batch.
+        core: runs over time, in stretches between resets.
+        observation: `[T, B, ...]`.
+        first: `[T, B]` bool: where the state is zeroed before the row.
+        state: before row 0, `[B, H]` twice.
+    """
+    steps, copies = observation.shape[:2]
+    features = torso(observation.flatten(0, 1)).unflatten(0, (steps, copies))
+    begins = [0, *(i for i in first.any(1).nonzero().flatten().tolist() if i > 0), steps]
+    outputs = []
+    for start, end in zip(begins[:-1], begins[1:], strict=True):
+        keep = (~first[start]).to(features.dtype).unsqueeze(-1)
+        h, c = (part * keep for part in state)
+        output, (h, c) = core(features[start:end], (h.unsqueeze(0), c.unsqueeze(0)))
+        outputs.append(output)
+        state = (h.squeeze(0), c.squeeze(0))
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0], state
 
 
 @torch.inference_mode()
@@ -129,10 +194,12 @@ def unrolled(network: nn.Module, unroll: Unroll) -> tuple[Tensor, Tensor]:
     """Logits `[T+1, B, A]` and values `[T+1, B]` of all rows of an unroll, by either kind of
     actor-critic; one with memory starts from the unroll's `agent_state`.
     """
-    observations = torch.from_numpy(unroll.env_outputs.observation)
+    device = next(network.parameters()).device
+    observations = torch.from_numpy(unroll.env_outputs.observation).to(device)
     if unroll.agent_state is not None:
-        first = torch.from_numpy(unroll.env_outputs.first)
-        return network(observations, first, unroll.agent_state)[:2]
+        first = torch.from_numpy(unroll.env_outputs.first).to(device)
+        state = tuple(part.to(device) for part in unroll.agent_state)
+        return network(observations, first, state)[:2]
     logits, values = network(observations.flatten(0, 1))
     rows = observations.shape[:2]
     return logits.unflatten(0, rows), values.unflatten(0, rows)

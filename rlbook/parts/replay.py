@@ -159,6 +159,12 @@ class PrioritizedReplay(Generic[ItemsT]):
         """Σ p^α over all items: what shards of one replay add up to get P(i) over all of them."""
         return self._tree.total
 
+    @property
+    def smallest_priority(self) -> float:
+        """min p^α over the items that can be drawn, 0 if there is none: a look at all of them."""
+        found = self._tree.get(np.arange(len(self)))
+        return float(found[found > 0].min(initial=np.inf)) if found.any() else 0.0
+
     def add(self, items: ItemsT, priorities: ArrayLike | None = None) -> Ints:
         """Store `items`, a NamedTuple of arrays `[N, ...]`, and give their keys, int64 `[N]`.
 

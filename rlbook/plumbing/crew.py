@@ -102,6 +102,10 @@ class Crew:
         """Process numbers, by index."""
         return [child.process.pid for child in self._children]
 
+    def name(self, index: int) -> str:
+        """What the process in this place is called in the timeline; its successor has another."""
+        return self._names[index]
+
     def ask(self, index: int, method: str, *arguments: Any) -> None:
         """Asks process `index` for `method(*arguments)` of its object. Returns at once."""
         self._asked[index].append(method)

@@ -98,25 +98,31 @@ class Peer(Alive):
         except Exception:
             self._leave()
             raise
-        if self.metered:
-            ended = time.perf_counter()
-            metrics["learner_idle_fraction"] = (began - self._ended_at) / (ended - self._ended_at)
-            self._ended_at = ended
-        return metrics, weights
+        return metrics | self.idle(began), weights
 
     def apply(
         self, arguments: Sequence[Any], *shares: Share
     ) -> tuple[dict[str, float], Vector | None]:
         """One step along the gradient of all shares; losses are of the first share."""
-        np.copyto(self.flat.gradients.numpy(), combined(shares, self.average))
+        whole = np.require(combined(shares, self.average), None, "W")
+        self.flat.gradients.copy_(torch.from_numpy(whole))
         metrics = {**shares[0].metrics, **self.step(*arguments)}
         self.version += 1
         self.history.append(self.newest())
         return metrics, None if self.version % self.config.broadcast_period else self.weights()
 
+    def idle(self, began: float) -> dict[str, float]:
+        """Of the time since the update before ended, the part until this one `began`: nothing was
+        there to do. Nothing to say if it is not metered.
+        """
+        if not self.metered:
+            return {}
+        before, self._ended_at = self._ended_at, time.perf_counter()
+        return {"learner_idle_fraction": (began - before) / (self._ended_at - before)}
+
     def newest(self) -> Vector:
         """The parameters after all updates so far."""
-        return Vector(self.version, self.flat.vector.numpy().copy())
+        return Vector(self.version, self.flat.vector.cpu().numpy().copy())
 
     def weights(self) -> Vector:
         """The parameters that actors get now."""
@@ -129,7 +135,7 @@ class Peer(Alive):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state_dict`."""
-        np.copyto(self.flat.vector.numpy(), state["parameters"])
+        self.flat.vector.copy_(torch.tensor(state["parameters"]))
         self.version = state["version"]
         self.history.clear()
         self.history.extend(Vector(*kept) for kept in state["history"])

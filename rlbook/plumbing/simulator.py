@@ -106,10 +106,15 @@ class Simulator:
             self._send(at, call)
 
     def _send(self, at: float, call: Call) -> None:
-        """Over the wire, with its arguments. An argument that failed fails the call instead."""
-        arrive = at + self._latency
+        """Over the wire, with its arguments. An argument that failed fails the call instead.
+
+        What is on its way holds up nobody: the wire is taken while bytes go onto it, not until
+        they have arrived.
+        """
+        lag = self._latency
         if self._delay_mean:
-            arrive += self._delay_rng.exponential(self._delay_mean)
+            lag += self._delay_rng.exponential(self._delay_mean)
+        left = at
         if call.arguments is not None:
             for reference in call.needs:
                 if reference.error is not None:
@@ -118,9 +123,10 @@ class Simulator:
                     return self._refuse(at, call, reference.error)
             room = call.actor.room
             if isinstance(call.arguments, Message):
-                arrive = room.receive(arrive, call.arguments.nbytes)
+                left = room.receive(left, call.arguments.nbytes)
             for reference in call.needs:
-                arrive = room.fetch(reference, arrive)
+                left = room.fetch(reference, left)
+        arrive = left + lag
         if arrive < call.actor.up_at:
             self._refuse(arrive + self._latency, call, _obituary(call.actor))
         else:

@@ -40,9 +40,11 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_is_silent_without_a_terminal(capsys):
+def test_progress_is_silent_without_a_terminal(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)  # pytest's plugins bring it
     progress = Progress("title", 10, shown=True)
     progress.update(5, loss=1.0)
+    progress.say("3 MB when full")
     progress.close()
     assert capsys.readouterr() == ("", "")
 
@@ -51,20 +53,25 @@ def test_progress_on_a_terminal_says_steps_and_values(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     progress = Progress("title", 10, shown=True)
+    progress.say("3 MB when full")
     progress.update(5, **{"return": 3.25})
     progress.update(10, **{"return": 4.5})
     progress.close()
     text = terminal.getvalue()
     assert "title" in text and "10.0/10.0" in text and "return=4.5" in text
+    assert text.count("3 MB when full\n") == 1
     quiet = Terminal()
     monkeypatch.setattr(sys, "stderr", quiet)
     Progress("title", 10, shown=False).update(5)
+    Progress("title", 10, shown=False).say("3 MB when full")
     assert quiet.getvalue() == ""
 
 
 def test_progress_in_a_notebook_prints_plain_lines(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ipykernel", sys)
     progress = Progress("title", 10, shown=True)
+    progress.say("3 MB when full")
+    assert capsys.readouterr().out == "3 MB when full\n"
     progress.update(1)
     progress._last -= 11.0
     progress.update(5, loss=1.0)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlbook.maths.rescaling import h, h_inverse
+from rlbook.maths.rescaling import h, h_inverse, rescaled_n_step_returns
 
 X = torch.cat([-torch.logspace(-8, 5, 60), torch.zeros(1), torch.logspace(-8, 5, 60)]).double()
 
@@ -58,3 +58,40 @@ def test_dtype_and_refusals() -> None:
         h(X, -1.0)
     with pytest.raises(ValueError, match="x must be float32"):
         h_inverse(torch.tensor([1]))
+
+
+@pytest.mark.parametrize("epsilon", [None, 1e-3, 0.1])
+@pytest.mark.parametrize("n", [1, 3, 20])
+def test_rescaled_returns_by_loops(n: int, epsilon: float | None) -> None:
+    """Two columns: one goes on to its end, the other's episode is truncated at row 4."""
+    generator = torch.Generator().manual_seed(n)
+    rewards = 10 * torch.randn(7, 2, generator=generator).double()
+    discounts = torch.full((7, 2), 0.9).double()
+    discounts[5, 0] = 0.0  # a termination
+    values = torch.randn(8, 2, generator=generator).double()
+    valid = torch.ones(7, 2, dtype=torch.bool)
+    valid[4:, 1] = False  # x_4 is the last that is seen; behind it there is padding
+    found = rescaled_n_step_returns(
+        rewards=rewards, discounts=discounts, values=values, n=n, epsilon=epsilon, valid=valid
+    )
+    for b, end in ((0, 7), (1, 4)):
+        for t in range(end):
+            total, factor, at = 0.0, 1.0, t
+            while at < min(t + n, end):
+                total += factor * rewards[at, b].item()
+                factor *= discounts[at, b].item()
+                at += 1
+            value = values[at, b]
+            plain = value if epsilon is None else paper_h_inverse(value, epsilon)
+            wanted = torch.as_tensor(total + factor * plain)
+            wanted = wanted if epsilon is None else paper_h(wanted, epsilon)
+            torch.testing.assert_close(found[t, b], wanted, rtol=1e-9, atol=1e-9)
+    assert not found.requires_grad
+
+
+def test_large_rewards_make_small_targets_and_the_scale_comes_back() -> None:
+    reward = torch.tensor([[1e4]]).double()
+    rows = {"rewards": reward, "discounts": torch.zeros(1, 1).double()}
+    target = rescaled_n_step_returns(**rows, values=torch.zeros(2, 1).double(), n=1)
+    assert 100 < target.item() < 120
+    torch.testing.assert_close(h_inverse(target), reward)

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from rlbook.parts.flat import Flat
-from rlbook.parts.networks import ActorCritic
-from rlbook.parts.numpy_mlp import numpy_forward
+from rlbook.parts.networks import ActorCritic, QNetwork
+from rlbook.parts.numpy_mlp import numpy_action_values, numpy_forward
 from rlbook.parts.recurrent import RecurrentActorCritic
 
 
@@ -42,3 +42,17 @@ def test_what_it_cannot_do_is_left_to_pytorch():
     assert numpy_forward(ActorCritic((4, 84, 84), 2)) is None
     assert numpy_forward(ActorCritic((4,), 2, shared_torso=False)) is None
     assert numpy_forward(RecurrentActorCritic((4,), 2)) is None
+
+
+@pytest.mark.parametrize("dueling", [True, False])
+def test_action_values_in_numpy_are_those_of_pytorch(dueling):
+    torch.manual_seed(0)
+    flat = Flat(network := QNetwork((4,), 3, (32, 16), dueling))
+    forward = numpy_action_values(network)
+    x = np.random.default_rng(0).normal(size=(32, 4)).astype(np.float32)
+    for _ in range(2):
+        wanted = network(torch.from_numpy(x)).detach().numpy()
+        assert np.allclose(forward(x), wanted, atol=1e-6) and forward(x).dtype == np.float32
+        flat.vector.copy_(torch.randn(len(flat.vector)) * 0.1)
+    assert numpy_action_values(QNetwork((4, 84, 84), 3)) is None
+    assert numpy_action_values(ActorCritic((4,), 2)) is None

@@ -90,3 +90,9 @@ def test_epsilon_greedy_is_greedy_but_for_epsilon():
     assert (epsilon_greedy(q, 0.0, rng) == 1).all()
     counts = np.bincount(epsilon_greedy(q, 0.3, rng), minlength=3) / 20_000
     assert np.allclose(counts, [0.1, 0.8, 0.1], atol=0.02)
+
+
+def test_each_row_may_have_an_epsilon_of_its_own():
+    q, epsilon = np.tile(np.array([[0.0, 3.0]]), (20_000, 1)), np.tile([0.0, 0.5], 10_000)
+    other = epsilon_greedy(q, epsilon, np.random.default_rng(0)) == 0
+    assert not other[::2].any() and abs(other[1::2].mean() - 0.25) < 0.02

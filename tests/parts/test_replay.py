@@ -69,6 +69,8 @@ def test_find_walks_by_prefix_sums_exactly() -> None:
     found = tree.find([0.0, 0.99, 1.0, 2.99, 3.0, 6.99, 7.0, 7.99])
     assert found.tolist() == [0, 0, 2, 2, 3, 3, 4, 4]
     assert tree.find([]).tolist() == []
+    tree.set([0], [0.0])
+    assert tree.find([0.0, -0.0]).tolist() == [2, 2]
 
 
 def test_rounding_never_leads_to_an_empty_leaf() -> None:
@@ -82,6 +84,34 @@ def test_rounding_never_leads_to_an_empty_leaf() -> None:
         ends = np.cumsum(priorities)
         assert (tree.get(tree.find(beyond)) > 0).all()
         assert (tree.get(tree.find(np.concatenate((ends, np.nextafter(ends, 0))))) > 0).all()
+
+
+@pytest.mark.parametrize("capacity", [1000, 8192, 20_000, 70_001])
+def test_a_deep_tree_finds_what_running_sums_find(capacity: int) -> None:
+    """Above 1,024 leaves there are levels to walk, above 8,192 levels that `set` keeps itself."""
+    rng, tree, naive = np.random.default_rng(capacity), SumTree(capacity), np.zeros(capacity)
+    for size in (capacity, 1, 32, 700, 0, 32):
+        leaves = rng.integers(capacity, size=size)
+        values = rng.integers(0, 4, size).astype(np.float64)  # integers: every sum is exact
+        tree.set(leaves, values)
+        naive[leaves] = values
+        ends = np.cumsum(naive)
+        for x in (rng.random(300) * ends[-1], np.sort(rng.integers(0, int(ends[-1]), 300))):
+            assert tree.find(x).tolist() == np.searchsorted(ends, x, side="right").tolist()
+        tree.check_valid()
+        assert tree.total == ends[-1] and tree.get(range(capacity)).tolist() == naive.tolist()
+
+
+def test_a_million_updates_leave_no_error_behind() -> None:
+    rng, tree, naive = np.random.default_rng(0), SumTree(20_000), np.zeros(20_000)
+    for _ in range(250):
+        leaves = rng.integers(20_000, size=4_000)
+        values = 10.0 ** rng.uniform(-12, 12, 4_000)  # large ones that go would leave errors
+        tree.set(leaves, values)
+        naive[leaves] = values
+    tree.set(np.arange(20_000), small := rng.random(20_000) * 1e-9)
+    assert tree.total == pytest.approx(math.fsum(small), rel=1e-13)
+    tree.check_valid()
 
 
 def test_sum_tree_refuses_and_then_is_as_before() -> None:
@@ -110,11 +140,22 @@ def test_sum_tree_refuses_and_then_is_as_before() -> None:
 
 
 def test_check_valid_sees_a_node_that_is_no_sum() -> None:
-    tree = SumTree(4)
+    tree = SumTree(20_000)  # deep enough for levels that are walked and levels added up whole
     tree.set([0, 1], [1.0, 2.0])
-    tree._nodes[2] += 1e-9
-    with pytest.raises(RuntimeError, match="sum of its children"):
+    tree.check_valid()
+    for node in (1024, 2048, 8192, 16_384):
+        tree._nodes[node] += 1e-9
+        with pytest.raises(RuntimeError, match="sum of its children"):
+            tree.check_valid()
+        tree._nodes[node] -= 1e-9
+        tree.set([0, 1], [1.0, 2.0])
         tree.check_valid()
+    small = SumTree(4)
+    small.set([0, 1], [1.0, 2.0])
+    assert small.total == 3.0
+    small._before[1] += 1e-9
+    with pytest.raises(RuntimeError, match="running sum"):
+        small.check_valid()
 
 
 def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> float:
@@ -198,7 +239,7 @@ def test_memory_is_known_before_the_first_add() -> None:
     with pytest.raises(ValueError, match="frame must be uint8"):
         replay.add(Frames(np.zeros((2, 4, 84, 84), np.float32), np.zeros(2, np.int64)))
     prioritized = PrioritizedReplay(16, example=example)
-    assert prioritized.nbytes == 16 * (4 * 84 * 84 + 8) + 2 * 16 * 8
+    assert prioritized.nbytes == 16 * (4 * 84 * 84 + 8) + (2 * 16 + 2 + 16 + 1) * 8
 
 
 def test_items_that_do_not_fit_are_refused_and_nothing_is_stored() -> None:

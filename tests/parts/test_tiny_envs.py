@@ -99,3 +99,49 @@ def test_memory_pays_the_one_who_remembers():
 def test_bad_sizes_are_refused(make):
     with pytest.raises(ValueError, match="at least"):
         make()
+
+
+# -- CartPole without velocities -------------------------------------------------------------------
+
+
+def test_masked_cartpole_is_cartpole_with_two_of_four_numbers():
+    masked, whole = (make_envs(name, 6, 3) for name in ("rlbook/MaskedCartPole-v0", "CartPole-v1"))
+    rng = np.random.default_rng(0)
+    for _ in range(700):
+        mine, theirs = masked.env_output, whole.env_output
+        assert mine.observation.shape == (6, 2)
+        assert np.array_equal(mine.observation, theirs.observation[:, [0, 2]])
+        for name in ("reward", "discount", "first"):
+            assert np.array_equal(getattr(mine, name), getattr(theirs, name))
+        action = rng.integers(2, size=6)
+        masked.step(action), whole.step(action)
+    assert masked.episodes() == whole.episodes()
+
+
+def test_one_masked_cartpole_plays_like_cartpole_and_ends_at_500():
+    register_own_envs()
+    one, whole = gym.make("rlbook/MaskedCartPole-v0"), gym.make("CartPole-v1")
+    check_env(one.unwrapped, skip_render_check=True)
+    seen, _ = one.reset(seed=4)
+    wanted, _ = whole.reset(seed=4)
+    steps, theirs = 0, [0.0, False, False]
+    while not (theirs[1] or theirs[2]):
+        steps += 1
+        assert np.array_equal(seen, wanted[[0, 2]])
+        action = int(wanted[2] + 0.3 * wanted[3] + 0.1 * wanted[1] > 0)  # keeps the pole up
+        wanted, *theirs, _ = whole.step(action)
+        seen, *mine, _ = one.step(action)
+        assert mine == theirs
+    assert theirs[2] and steps == 500, "truncated, not terminated"
+
+
+def test_masked_cartpole_is_saved_and_restored():
+    envs, other = (make_envs("rlbook/MaskedCartPole-v0", 3, seed) for seed in (1, 2))
+    for _ in range(40):
+        envs.step(np.array([0, 1, 0]))
+    other.load_state_dict(envs.state_dict())
+    assert not other.restarted
+    for _ in range(60):
+        action = np.array([1, 0, 1])
+        mine, theirs = envs.step(action), other.step(action)
+        assert np.array_equal(mine.observation, theirs.observation)

@@ -220,6 +220,33 @@ def test_two_values_for_one_node_queue_on_its_wire() -> None:
     assert [start for _, start, _ in worked(runtime)] == [asked + L + over, asked + L + 2 * over]
 
 
+def test_what_is_on_its_way_holds_up_nobody() -> None:
+    """The wire is busy while bytes go onto it, not until they have arrived."""
+    bandwidth = 2.0**20
+    runtime = VirtualRuntime(1, cluster(8, bandwidth=bandwidth))
+    maker, reader = workers(runtime, 2, {"array": 1.0, "work": 0.0})
+    made = maker.array.remote(2**14)
+    runtime.wait([made])
+    begun, before = runtime.now, runtime.nbytes
+    read = reader.work.remote(0.5)
+    sent = (runtime.nbytes - before) / bandwidth
+    runtime.get(made)
+    assert runtime.now == begun + sent + made.nbytes / bandwidth  # in line, but not for L
+    runtime.wait([read])
+    assert worked(runtime) == [("Worker 1", begun + sent + L, begun + sent + L)]
+
+
+def test_messages_that_are_delayed_overtake_each_other() -> None:
+    runtime = VirtualRuntime(1, cluster(50, bandwidth=2.0**20, delay_s=10.0))
+    for worker in workers(runtime, 40):
+        worker.work.remote(0.0)
+    runtime.now = 1e3
+    runtime.put(0)
+    starts = {who: start for who, start, _ in worked(runtime)}
+    in_turn = np.diff([starts[f"Worker {number}"] for number in range(40)])
+    assert (in_turn < 0).mean() > 0.3
+
+
 @pytest.mark.parametrize("hollow", [False, True])
 def test_each_of_several_results_travels_alone(hollow: bool) -> None:
     bandwidth = 2.0**20

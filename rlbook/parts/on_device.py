@@ -1,0 +1,87 @@
+"""A network's forward pass on another device, beside whatever else that device does.
+
+    rows (numpy) ──copy──► device: network ──copy──► answers (numpy)   on a CUDA stream of its own
+                             ▲
+    host's parameters ──copy─┘ refresh()
+
+On one GPU that learns and acts, the learner's kernels are on one stream and those of acting on
+another, so that a small forward pass need not wait until a large update is over. Copies of rows
+come from pinned memory, so that they are on their stream too.
+"""
+
+import copy
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from rlbook.parts.flat import Flat
+
+
+def usable(devices: str | tuple[str, ...]) -> None:
+    """ValueError unless this computer has these devices ("cpu", "cuda", "cuda:1", …)."""
+    for name in (devices,) if isinstance(devices, str) else devices:
+        try:
+            torch.empty(1, device=torch.device(name))
+        except (RuntimeError, AssertionError) as error:
+            why = str(error).strip().splitlines()[0]
+            raise ValueError(f"no device {name!r} can be used here: {why}") from None
+
+
+class OnDevice:
+    """A copy of a network on a device.
+
+    Args:
+        network: whose parameters are copied at each `refresh`.
+        device: where.
+    """
+
+    def __init__(self, network: nn.Module, device: str) -> None:
+        self.device = torch.device(device)
+        self.cuda = self.device.type == "cuda"
+        self._theirs = list(network.parameters())
+        self.network = copy.deepcopy(network).to(self.device)
+        self._flat = Flat(self.network)
+        self._stream = torch.cuda.Stream(self.device) if self.cuda else None
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Takes over the parameters as they are now."""
+        with torch.no_grad(), self._beside():
+            vector = torch.cat([p.detach().reshape(-1) for p in self._theirs])
+            self._flat.vector.copy_(self._pinned(vector), non_blocking=self.cuda)
+            self._wait()
+
+    @torch.inference_mode()
+    def __call__(self, *rows: np.ndarray | tuple[np.ndarray, ...]) -> list[np.ndarray]:
+        """What the network says to arrays (or tuples of arrays), as a flat list of arrays."""
+        with self._beside():
+            found = _leaves(self.network(*[self._there(row) for row in rows]))
+            answers = [answer.to("cpu", non_blocking=self.cuda) for answer in found]
+            self._wait()
+        return [answer.numpy() for answer in answers]
+
+    def _there(self, row: Any) -> Any:
+        if isinstance(row, tuple):
+            return tuple(map(self._there, row))
+        tensor = torch.from_numpy(np.require(row, None, "W"))
+        return self._pinned(tensor).to(self.device, non_blocking=self.cuda)
+
+    def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.pin_memory() if self.cuda else tensor
+
+    def _beside(self) -> Any:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def _wait(self) -> None:
+        if self._stream is not None:
+            self._stream.synchronize()
+
+
+def _leaves(tree: Any) -> list[torch.Tensor]:
+    """The tensors of nested tuples, in order."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    return [leaf for branch in tree for leaf in _leaves(branch)]
