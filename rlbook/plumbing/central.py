@@ -173,8 +173,7 @@ class Central:
         self.dropped = 0
         """Unrolls that nobody learnt from."""
         self.finished: queue.SimpleQueue[Finished] = finished or queue.SimpleQueue()
-        self.batches: Counter[int] = Counter()
-        """Rows of a forward pass → how many there were."""
+        self.batches = Batches()
         self.timeline = Timeline()
         self._held: dict[int, Request] = {}
         self._untaken: Counter[int] = Counter()
@@ -281,11 +280,11 @@ class Central:
     def _finish(self, place: int, unroll: Unroll, episodes: list[Episode]) -> None:
         self._untaken[place] += 1
         report = report_of(unroll, episodes)
-        report.metrics.update(batch_metrics(self.batches))
+        report.metrics.update(self.batches.metrics())
         self.finished.put(Finished(place, unroll.version, unroll, report))
 
     def _note(self, rows: int, begun: float) -> None:
-        self.batches[rows] += 1
+        self.batches.add(rows)
         self.timeline.add(*self._lane, begun, time.monotonic())
         if len(self.timeline) > 10 * KEPT:
             self.timeline.forget(5 * KEPT)
@@ -330,10 +329,21 @@ def report_of(unroll: Unroll, episodes: list[Episode]) -> Report:
     return Report(env_steps, episodes, {"bytes_per_env_step": wire / max(env_steps, 1)})
 
 
-def batch_metrics(batches: Counter[int]) -> dict[str, float]:
-    """Of the batches since the last call (rows → how many there were), which are forgotten."""
-    if not batches:
-        return {}
-    mean = sum(rows * count for rows, count in batches.items()) / batches.total()
-    batches.clear()
-    return {"inference_batch_mean": mean}
+class Batches:
+    """How many rows forward passes have."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[int] = Counter()
+        self._mean = 0.0
+
+    def add(self, rows: int) -> None:
+        """There was a pass of so many."""
+        self._counts[rows] += 1
+
+    def metrics(self) -> dict[str, float]:
+        """Their mean since the last call; the last one known, if there was none since."""
+        if self._counts:
+            rows = sum(size * count for size, count in self._counts.items())
+            self._mean = rows / self._counts.total()
+            self._counts.clear()
+        return {"inference_batch_mean": self._mean} if self._mean else {}

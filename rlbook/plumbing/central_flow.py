@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlbook.parts.envs import Episode
-from rlbook.plumbing.central import Finished, Report, Stepped, Turn, Update, batch_metrics
+from rlbook.plumbing.central import Batches, Finished, Report, Stepped, Turn, Update
 from rlbook.plumbing.fleet import Fleet
 from rlbook.plumbing.inference import Request, Waiting, Who
 from rlbook.plumbing.learner_group import LearnerGroup
@@ -95,7 +95,7 @@ class CentralFlow:
         self.in_flight: dict[Reference, Step | Ending | Learning] = {}
         self.queue: deque[Finished] = deque()
         self.updates = self.made = self.dropped = 0
-        self.batches: Counter[int] = Counter()
+        self.batches = Batches()
         """Rows of a forward pass → how many there were."""
         self._pause = runtime.remote(pause, costs=lambda seconds: seconds, num_cpus=0)
         workers.settle()
@@ -160,7 +160,7 @@ class CentralFlow:
                 self._act(index, waiting.take())
 
     def _act(self, index: int, batch: list[Request]) -> None:
-        self.batches[sum(request.rows for request in batch)] += 1
+        self.batches.add(sum(request.rows for request in batch))
         if self._version is None:
             self._hand_over(self.learners.weights(), self.made)
         assert self._version is not None
@@ -319,7 +319,7 @@ class CentralFlow:
 
     def _ended(self, ending: Ending, report: Report) -> Turn:
         place = self.places[ending.place]
-        metrics = report.metrics | batch_metrics(self.batches)
+        metrics = report.metrics | self.batches.metrics()
         report = report._replace(episodes=place.episodes, metrics=metrics)
         place.episodes = []
         finished = Finished(ending.place, ending.versions, ending.unroll, report)
