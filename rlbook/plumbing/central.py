@@ -333,11 +333,14 @@ class Batches:
     """How many rows forward passes have."""
 
     def __init__(self) -> None:
+        self.passes = 0
+        """That there were."""
         self._counts: Counter[int] = Counter()
         self._mean = 0.0
 
     def add(self, rows: int) -> None:
         """There was a pass of so many."""
+        self.passes += 1
         self._counts[rows] += 1
 
     def metrics(self) -> dict[str, float]:
