@@ -3,6 +3,7 @@
 ours    the book's streams, or its calls: all checks, slots and unrolls, nothing to think about
 echo    the same messages: made, sent, opened, sent back whole, opened; nobody looks at them
 half    bytes that nobody makes or opens, answered by 8 bytes: what the road itself takes
+plain   gRPC's ordinary Python server (threads, no event loop) that sends back what it got
 """
 
 import asyncio
@@ -11,7 +12,8 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,6 +100,17 @@ class FrameWorker(StreamWorker):
         """Until the echo ends; how often it answered."""
         return asyncio.run(shout(place, size, opens))
 
+    def shout_plainly(self, place: str, size: int) -> int:
+        """The same without an event loop."""
+        sends: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        data, heard = bytes(size), 0
+        with grpc.insecure_channel(place, options=SETTINGS.channel_options()) as channel:
+            sends.put(data)
+            for answer in channel.stream_stream(ECHO)(iter(sends.get, None)):
+                sends.put(data if answer else None)
+                heard += 1
+        return heard
+
     def echo(self, frame: np.ndarray) -> np.ndarray:
         """Answers with what it got."""
         return frame
@@ -168,6 +181,33 @@ class Echo:
             self.acts += 1
 
 
+class PlainEcho:
+    """As gRPC's own examples have it: a pool of threads, one for each stream."""
+
+    def __init__(self, address: str) -> None:
+        self.acts, self._stopping = 0, False
+        self._server = grpc.server(ThreadPoolExecutor(1), options=SETTINGS.channel_options())
+        service, _, name = ECHO[1:].rpartition("/")
+        handlers = {name: grpc.stream_stream_rpc_method_handler(self._play)}
+        handler = grpc.method_handlers_generic_handler(service, handlers)
+        self._server.add_generic_rpc_handlers((handler,))
+        port = self._server.add_insecure_port(address)
+        self.target = address if address.startswith("unix:") else f"127.0.0.1:{port}"
+
+    def __enter__(self) -> "PlainEcho":
+        self._server.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping = True
+        self._server.stop(5).wait()
+
+    def _play(self, messages: Iterator[bytes], context: Any) -> Iterator[bytes]:
+        for message in messages:
+            yield b"" if self._stopping else message
+            self.acts += 1
+
+
 def counted(acts: Callable[[], int], seconds: float) -> float:
     """Acts a second, from a moment on in which there was one."""
     before = acts()
@@ -203,10 +243,19 @@ def bare(crew: Crew, address: str, seconds: float, answer: bytes | None) -> floa
     return rate
 
 
+def plain(crew: Crew, address: str, seconds: float) -> float:
+    """Messages of the same length that gRPC's ordinary server sends back."""
+    with PlainEcho(address) as echo:
+        crew.ask(0, "shout_plainly", echo.target, Schema.of(Frames().env_output).nbytes)
+        rate = counted(lambda: echo.acts, seconds)
+    crew.rest()
+    return rate
+
+
 def by_streams(road: str, crew: Crew, seconds: float) -> Row:
-    """Ours, echo and half in turns."""
-    measures = (ours, partial(bare, answer=None), partial(bare, answer=HALF))
-    found: list[list[float]] = [[], [], []]
+    """Ours, echo, half and plain in turns."""
+    measures = (ours, partial(bare, answer=None), partial(bare, answer=HALF), plain)
+    found: list[list[float]] = [[] for _ in measures]
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(ROUNDS):
             for kind, measure in enumerate(measures):
@@ -247,7 +296,13 @@ def by_calls(runtime: RayRuntime, seconds: float) -> Row:
     return line("ray", *found)
 
 
-def line(road: str, mine: Sequence[float], echoes: Sequence[float], halves: Sequence[float]) -> Row:
+def line(
+    road: str,
+    mine: Sequence[float],
+    echoes: Sequence[float],
+    halves: Sequence[float],
+    plains: Sequence[float] = (),
+) -> Row:
     """One road of the table, in medians."""
 
     def share(others: Sequence[float]) -> float:
@@ -262,6 +317,8 @@ def line(road: str, mine: Sequence[float], echoes: Sequence[float], halves: Sequ
         "of echo": share(echoes),
         "half/s": statistics.median(halves),
         "of half": share(halves),
+        "plain/s": statistics.median(plains) if plains else None,
+        "of plain": share(plains) if plains else None,
         "microseconds": 1e6 / statistics.median(mine),
     }
 

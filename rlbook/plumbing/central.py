@@ -221,9 +221,11 @@ class Central:
         if env_s:
             self.timeline.add(peer.lane, self._step, now - env_s, now)
         peer.episodes.setdefault(group, []).extend(episodes)
-        unroll = self.inference.observe(who, row)
+        unroll = self.inference.observe_first(who, row)
         if unroll is not None:
-            self._finish(who.place, unroll, peer.episodes.pop(group))
+            self._untaken[who.place] += 1
+            ended = peer.episodes.pop(group)
+            self.soon(lambda: self._finish(who.place, unroll(), ended))  # after the answer
         self._queue(Request(who, said.copies, now, (peer, group)))
         self.serve(now)
 
@@ -278,7 +280,6 @@ class Central:
         peer.reply(group, action)
 
     def _finish(self, place: int, unroll: Unroll, episodes: list[Episode]) -> None:
-        self._untaken[place] += 1
         report = report_of(unroll, episodes)
         report.metrics.update(self.batches.metrics())
         self.finished.put(Finished(place, unroll.version, unroll, report))

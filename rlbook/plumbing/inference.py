@@ -16,6 +16,7 @@ what comes and goes is observations and actions. How they travel is not known he
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -126,24 +127,27 @@ class Slot:
         """Whether all its rows were acted upon."""
         return len(self.said) == len(self.rows)
 
-    def observe(self, row: EnvOutput, unroll_length: int) -> Unroll | None:
-        """Adds a row; the unroll, if it ends with this row."""
+    def observe(self, row: EnvOutput, unroll_length: int) -> Callable[[], Unroll] | None:
+        """Adds a row; what puts the unroll together, if it ends with this row."""
         if not self.answered:  # said again, after a rest
             self.rows[-1] = row
             return None
         self.rows.append(row)
         if len(self.rows) <= unroll_length:
             return None
-        unroll = Unroll(
-            EnvOutput(*(np.stack(column) for column in zip(*self.rows, strict=True))),
-            self._said(*(np.stack(column) for column in zip(*self.said, strict=True))),
-            self.begun_with,
-            version=np.array(self.versions),  # type: ignore[arg-type]
-            begins=self.begins,
-        )
+        ended = self.rows, self.said, self.begun_with, self.versions, self.begins
         self.rows, self.said, self.versions, self.begun_with = [row], [], [], self.state
         self.begins = False
-        return unroll
+        return partial(self._unroll, *ended)
+
+    def _unroll(self, rows: Any, said: Any, state: Any, versions: Any, begins: bool) -> Unroll:
+        return Unroll(
+            EnvOutput(*(np.stack(column) for column in zip(*rows, strict=True))),
+            self._said(*(np.stack(column) for column in zip(*said, strict=True))),
+            state,
+            version=np.array(versions),  # type: ignore[arg-type]
+            begins=begins,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, as plain values and arrays."""
@@ -203,14 +207,19 @@ class Inference(Alive):
 
         A row that was not acted upon may be said again. With a new `run_id` it is the first.
         """
+        later = self.observe_first(who, row)
+        return None if later is None else later()
+
+    def observe_first(self, who: Who, row: EnvOutput) -> Callable[[], Unroll] | None:
+        """The same, for who answers first and puts the unroll together after that."""
         slot = self.slots.get(who.place)
         if slot is None or slot.run_id != who.run_id:
             rng = np.random.default_rng([self.seed(who.place, who.run_id), 1])
             state = self.agent.initial_state(len(row.first))
             slot = Slot(who.run_id, rng, state, self.agent.said)
             self.slots[who.place] = slot
-        unroll = slot.observe(row, self.unroll_length)
-        return None if unroll is None else unroll._replace(actor=who.place)
+        later = slot.observe(row, self.unroll_length)
+        return None if later is None else lambda: later()._replace(actor=who.place)
 
     def act(self, places: Sequence[int]) -> list[np.ndarray]:
         """Acts upon the last rows of these places: actions `[B]` for each."""
