@@ -22,10 +22,10 @@ from rlbook.plumbing import seed_pb2 as pb
 from rlbook.plumbing import transport
 from rlbook.plumbing.central import Finished
 from rlbook.plumbing.stream_worker import Lost, open_channel, play, status
-from rlbook.plumbing.streams import SERVICE, StreamSettings, check_address
+from rlbook.plumbing.streams import SERVICE, StreamServer, StreamSettings, check_address
 from rlbook.plumbing.transport import Refused, Schema
 from tests.counters import register
-from tests.seeds import QUICK, certificate, serving
+from tests.seeds import QUICK, central, certificate, serving
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCHEMA = Schema((3,), "f4", 3)
@@ -542,23 +542,31 @@ def test_the_generated_code_is_that_of_the_schema(tmp_path):
 
 def test_a_worker_that_never_reads_is_given_up_and_hurts_nobody(tmp_path):
     """What is written to it piles up until nothing more fits on the road."""
-    brief = replace(QUICK, silence_s=0.5)
-    ok = transport.rows(0, SCHEMA.encode(row())).SerializeToString()
+    copies = 1 << 14  # 64 KB of actions for a row: the road is full soon
+    schema, brief = Schema((3,), "f4", copies), replace(QUICK, silence_s=0.5)
+    hello = transport.hello(1, 0, [row(copies)]).SerializeToString()
+    ok = transport.rows(0, schema.encode(row(copies))).SerializeToString()
 
-    async def only_write():
+    async def given_up(server):
         async with open_channel(server.target, QUICK) as channel:
             call = channel.stream_stream(f"/{SERVICE}/Play")()
-            await call.write(transport.hello(1, 0, [row()]).SerializeToString())
-            for _ in range(100_000):
-                await call.write(ok)
 
-    with serving(tmp_path, brief) as server:
-        with pytest.raises((TimeoutError, asyncio.InvalidStateError, grpc.aio.AioRpcError)):
-            asyncio.run(asyncio.wait_for(only_write(), 20))
-        until(lambda: not server.central.peers and not server.lines)
-        player = Player(server)
-        take(server, 2)
-        rest(server, player)
+            async def only_write():
+                await call.write(hello)
+                while True:
+                    await call.write(ok)
+
+            writes = asyncio.create_task(only_write())
+            while not server.central.peers:
+                await asyncio.sleep(0.01)
+            while server.central.peers or server.lines:  # our end is open all the while
+                await asyncio.sleep(0.01)
+            writes.cancel()
+            await asyncio.gather(writes, return_exceptions=True)
+
+    with StreamServer(central(), schema, f"unix:{tmp_path}/s", brief) as server:
+        asyncio.run(asyncio.wait_for(given_up(server), 20))
+        assert not status(server.target, QUICK).workers
 
 
 def test_seconds_that_cannot_be_are_refused(live):
