@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from rlbook.data import AgentOutput
-from rlbook.harness.config import RunConfig, above, at_least, one_of, within
+from rlbook.harness.config import RunConfig, above, at_least, within
 from rlbook.harness.measures import mean_metrics
 from rlbook.harness.run import Result, Run
 from rlbook.maths.losses import clipped_surrogate_loss, entropy_loss, log_prob, value_loss
@@ -111,6 +111,8 @@ class Config(RunConfig):
     """The mean gradient is scaled down to this Euclidean norm."""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """Fully connected layers of the torso."""
+    torso: Literal["nature", "resnet"] = "nature"
+    """Convolutions for frames: of Mnih et al. (2015), or a residual network, as DD-PPO has one."""
     runtime: Literal["ray", "virtual"] = "ray"
     """Real processes (Ray's with a server), or the seeded virtual cluster."""
     ray_address: str | None = None
@@ -119,9 +121,6 @@ class Config(RunConfig):
     def __post_init__(self) -> None:
         """Refuses bad values."""
         super().__post_init__()
-        one_of(self, "wiring", ("all_reduce", "parameter_server"))
-        one_of(self, "update_rule", ("sync", "async"))
-        one_of(self, "runtime", ("ray", "virtual"))
         at_least(self, 1, "num_workers", "num_shards", "unroll_length", "epochs", "minibatch_size")
         within(self, 0.0, 1.0, "discount", "gae_lambda", "sync_fraction", "short_rollout")
         above(self, 0.0, "clip")
@@ -415,7 +414,7 @@ def make_network(config: Config, envs: Envs) -> Any:
     """A network for the environment's observations and actions, normalised or not."""
     num_actions, shape = require_discrete(envs, "dppo"), envs.observation_space.shape or ()
     torch.manual_seed(config.seed)
-    network = ActorCritic(shape, num_actions, config.hidden_sizes)
+    network = ActorCritic(shape, num_actions, config.hidden_sizes, torso=config.torso)
     return Normalized(network, shape) if config.normalize_observations else network
 
 

@@ -125,6 +125,8 @@ class Config(RunConfig):
     """Part of a batch that is drawn from them, uniformly, if any are kept (0.5 in the paper)."""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """Fully connected layers of the torso (frames get convolutions)."""
+    torso: Literal["nature", "resnet"] = "nature"
+    """Convolutions for frames: of Mnih et al. (2015), or the paper's deep network (figure 3)."""
     lstm_size: int = 0
     """Cells of an LSTM between torso and heads (256 in the paper); 0 for none."""
     runtime: Literal["ray", "virtual"] = "ray"
@@ -376,7 +378,8 @@ def make_network(config: Config) -> Any:
     """A network for the tasks' observations and actions, with or without memory."""
     observation, num_actions, _ = common_shape(config.tasks, "impala")
     torch.manual_seed(config.seed)
-    return make_actor_critic(observation, num_actions, config.hidden_sizes, config.lstm_size)
+    sizes = config.hidden_sizes, config.lstm_size, config.torso
+    return make_actor_critic(observation, num_actions, *sizes)
 
 
 def make_policy(config: Config, network: nn.Module) -> Any:

@@ -137,6 +137,8 @@ class Config(StreamFields, SequenceFields, RunConfig):
     """The gradient is scaled down to this Euclidean norm."""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """Fully connected layers of the torso (frames get convolutions)."""
+    torso: Literal["nature", "resnet"] = "nature"
+    """Convolutions for frames: of Mnih et al. (2015), or IMPALA's deep network."""
     lstm_size: int = 0
     """Cells of an LSTM between torso and heads; 0 for none."""
     runtime: Literal["ray", "virtual"] = "ray"
@@ -380,8 +382,8 @@ def make_network(config: Config) -> Any:
     torch.manual_seed(config.seed)
     sizes = config.hidden_sizes, config.lstm_size
     if config.learner == "r2d2":
-        return make_q_network(seen, num_actions, *sizes, config.dueling)
-    return make_actor_critic(seen, num_actions, *sizes)
+        return make_q_network(seen, num_actions, *sizes, config.dueling, config.torso)
+    return make_actor_critic(seen, num_actions, *sizes, config.torso)
 
 
 def make_policy(config: Config, network: nn.Module) -> Any:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 C = TypeVar("C", bound="BaseConfig")
 
@@ -65,7 +65,11 @@ class RunConfig(BaseConfig):
 
 
 def _check_type(field: str, kind: Any, value: Any) -> None:
-    """ValueError if a number is none, a size (a tuple's items) no integer >= 1, a word no text."""
+    """ValueError if a number is none, a size (a tuple's items) no integer >= 1, a word no text or
+    none of those that a Literal allows.
+    """
+    if get_origin(kind) is Literal and value not in get_args(kind):
+        raise ValueError(f"{field}: must be one of {', '.join(get_args(kind))}; got {value!r}")
     if kind in (int, float, int | None, float | None):
         whole = kind in (int, int | None)
         allowed = int | None if whole else int | float | None

@@ -28,11 +28,13 @@ def make_actor_critic(
     num_actions: int,
     hidden_sizes: Sequence[int],
     lstm_size: int = 0,
+    torso: str = "nature",
 ) -> ActorCritic | RecurrentActorCritic:
-    """A network with memory if `lstm_size` is not 0."""
+    """A network with memory if `lstm_size` is not 0; `torso`: convolutions for frames."""
+    shape = observation_shape, num_actions
     if lstm_size:
-        return RecurrentActorCritic(observation_shape, num_actions, lstm_size, hidden_sizes)
-    return ActorCritic(observation_shape, num_actions, hidden_sizes)
+        return RecurrentActorCritic(*shape, lstm_size, hidden_sizes, torso)
+    return ActorCritic(*shape, hidden_sizes, torso=torso)
 
 
 def sampling_policy(network: nn.Module) -> Any:

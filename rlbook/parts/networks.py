@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rlbook.data import AgentOutput
 
@@ -43,6 +44,51 @@ class NatureTorso(nn.Module):
         return self.layers(observation.to(torch.float32) / 255.0)
 
 
+class Residual(nn.Module):
+    """x + conv(relu(conv(relu(x)))): 3 × 3, as many channels out as in."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[N, C, H, W]` → the same shape."""
+        return x + self.second(F.relu(self.first(F.relu(x))))
+
+
+class ResNetTorso(nn.Module):
+    """The deep network of IMPALA (Espeholt et al., 2018, figure 3, right): 15 convolutions.
+
+        three times, 16, 32 and 32 channels:  conv 3 × 3 ► max-pool 3 × 3, stride 2 ► residual × 2
+        then                                  ReLU ► fully connected, 256 ► ReLU
+
+    Frames `[N, C, H, W]` uint8 → features `[N, 256]`.
+
+    Args:
+        channels: C.
+        size: (H, W).
+    """
+
+    def __init__(self, channels: int, size: tuple[int, int] = (84, 84)) -> None:
+        super().__init__()
+        sections: list[nn.Module] = []
+        height, width = size
+        for wide in (16, 32, 32):
+            sections += [nn.Conv2d(channels, wide, 3, padding=1), nn.MaxPool2d(3, 2, 1)]
+            sections += [Residual(wide), Residual(wide)]
+            channels, height, width = wide, -(-height // 2), -(-width // 2)
+        inputs = channels * height * width
+        self.layers = nn.Sequential(
+            *sections, nn.ReLU(), nn.Flatten(), nn.Linear(inputs, 256), nn.ReLU()
+        )
+        self.features = 256
+
+    def forward(self, observation: Tensor) -> Tensor:
+        """Scales bytes to [0, 1] and convolves."""
+        return self.layers(observation.to(torch.float32) / 255.0)
+
+
 class MLPTorso(nn.Module):
     """Fully connected layers.
 
@@ -65,14 +111,34 @@ class MLPTorso(nn.Module):
         return self.layers(observation.flatten(1))
 
 
+TORSOS: dict[str, Callable[[int], "NatureTorso | ResNetTorso"]] = {
+    "nature": NatureTorso,
+    "resnet": ResNetTorso,
+}
+"""Convolutions for frames, by the word in a config."""
+
+
 def make_torso(
     observation_shape: Sequence[int],
     hidden_sizes: Sequence[int],
     activation: type[nn.Module] = nn.ReLU,
-) -> NatureTorso | MLPTorso:
-    """The convolutions for Atari's `(C, 84, 84)` frames, full connection for all else."""
+    frames: str = "nature",
+) -> NatureTorso | ResNetTorso | MLPTorso:
+    """Convolutions for Atari's `(C, 84, 84)` frames, full connection for all else.
+
+    Args:
+        observation_shape: of one observation.
+        hidden_sizes: of the fully connected layers.
+        activation: between those.
+        frames: "nature" or "resnet", the convolutions.
+
+    Raises:
+        ValueError: an unknown kind of convolutions.
+    """
+    if frames not in TORSOS:
+        raise ValueError(f"torso: must be one of {', '.join(TORSOS)}; got {frames!r}")
     if tuple(observation_shape[1:]) == (84, 84):
-        return NatureTorso(observation_shape[0])
+        return TORSOS[frames](observation_shape[0])
     return MLPTorso(int(np.prod(observation_shape)), hidden_sizes, activation)
 
 
@@ -90,6 +156,7 @@ class ActorCritic(nn.Module):
         num_actions: A.
         hidden_sizes: of the fully connected torso (unused for Atari's frames).
         shared_torso: one torso for both heads, or one for each.
+        torso: convolutions for frames, "nature" or "resnet".
     """
 
     def __init__(
@@ -98,12 +165,12 @@ class ActorCritic(nn.Module):
         num_actions: int,
         hidden_sizes: Sequence[int] = (64, 64),
         shared_torso: bool = True,
+        torso: str = "nature",
     ) -> None:
         super().__init__()
-        self.torso = make_torso(observation_shape, hidden_sizes, nn.Tanh)
-        self.value_torso = (
-            None if shared_torso else make_torso(observation_shape, hidden_sizes, nn.Tanh)
-        )
+        kind = observation_shape, hidden_sizes, nn.Tanh, torso
+        self.torso = make_torso(*kind)
+        self.value_torso = None if shared_torso else make_torso(*kind)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 _orthogonal(module, 2**0.5)
@@ -125,6 +192,7 @@ class QNetwork(nn.Module):
         num_actions: A.
         hidden_sizes: of the fully connected torso.
         dueling: q = V + A − mean A (Wang et al., 2016, equation 9) instead of one head.
+        torso: convolutions for frames, "nature" or "resnet".
     """
 
     def __init__(
@@ -133,9 +201,10 @@ class QNetwork(nn.Module):
         num_actions: int,
         hidden_sizes: Sequence[int] = (128, 128),
         dueling: bool = False,
+        torso: str = "nature",
     ) -> None:
         super().__init__()
-        self.torso = make_torso(observation_shape, hidden_sizes)
+        self.torso = make_torso(observation_shape, hidden_sizes, frames=torso)
         self.advantage_head = nn.Linear(self.torso.features, num_actions)
         self.value_head = nn.Linear(self.torso.features, 1) if dueling else None
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rlbook.maths.moments import Moments, merge_moments
-from rlbook.parts.networks import NatureTorso
+from rlbook.parts.networks import NatureTorso, ResNetTorso
 
 LIMIT = 10.0
 """No normalised observation is further from 0."""
@@ -92,7 +92,7 @@ class Normalized(nn.Module):
 
     def __init__(self, network: nn.Module, shape: tuple[int, ...]) -> None:
         super().__init__()
-        if isinstance(getattr(network, "torso", None), NatureTorso):
+        if isinstance(getattr(network, "torso", None), NatureTorso | ResNetTorso):
             raise ValueError("normalize_observations: must be False for frames, which are bytes")
         self.normalizer, self.network = Normalizer(shape), network
 

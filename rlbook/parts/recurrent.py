@@ -31,6 +31,7 @@ class RecurrentActorCritic(nn.Module):
         num_actions: A.
         lstm_size: H.
         hidden_sizes: of the fully connected torso (unused for Atari's frames).
+        torso: convolutions for frames, "nature" or "resnet".
     """
 
     def __init__(
@@ -39,9 +40,10 @@ class RecurrentActorCritic(nn.Module):
         num_actions: int,
         lstm_size: int = 64,
         hidden_sizes: Sequence[int] = (64,),
+        torso: str = "nature",
     ) -> None:
         super().__init__()
-        self.torso = make_torso(observation_shape, hidden_sizes, nn.Tanh)
+        self.torso = make_torso(observation_shape, hidden_sizes, nn.Tanh, torso)
         self.core = nn.LSTM(self.torso.features, lstm_size)
         self.policy_head = nn.Linear(lstm_size, num_actions)
         self.value_head = nn.Linear(lstm_size, 1)
@@ -80,6 +82,7 @@ class RecurrentQNetwork(nn.Module):
         lstm_size: H.
         hidden_sizes: of the fully connected torso (unused for Atari's frames).
         dueling: q = V + A − mean A (Wang et al., 2016, equation 9) instead of one head.
+        torso: convolutions for frames, "nature" or "resnet".
     """
 
     def __init__(
@@ -89,9 +92,10 @@ class RecurrentQNetwork(nn.Module):
         lstm_size: int = 64,
         hidden_sizes: Sequence[int] = (64,),
         dueling: bool = True,
+        torso: str = "nature",
     ) -> None:
         super().__init__()
-        self.torso = make_torso(observation_shape, hidden_sizes)
+        self.torso = make_torso(observation_shape, hidden_sizes, frames=torso)
         self.core = nn.LSTM(self.torso.features, lstm_size)
         self.advantage_head = nn.Linear(lstm_size, num_actions)
         self.value_head = nn.Linear(lstm_size, 1) if dueling else None

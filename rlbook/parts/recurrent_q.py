@@ -32,11 +32,13 @@ def make_q_network(
     hidden_sizes: Sequence[int],
     lstm_size: int = 0,
     dueling: bool = True,
+    torso: str = "nature",
 ) -> QNetwork | RecurrentQNetwork:
     """A network with memory if `lstm_size` is not 0."""
+    shape = observation_shape, num_actions
     if lstm_size:
-        return RecurrentQNetwork(observation_shape, num_actions, lstm_size, hidden_sizes, dueling)
-    return QNetwork(observation_shape, num_actions, hidden_sizes, dueling)
+        return RecurrentQNetwork(*shape, lstm_size, hidden_sizes, dueling, torso)
+    return QNetwork(*shape, hidden_sizes, dueling, torso)
 
 
 def q_values(

@@ -1,7 +1,9 @@
 """Every bad value is refused with the name of its field; a config survives its JSON."""
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -97,3 +99,17 @@ def test_configs_are_frozen_and_every_field_is_documented(system):
         assert f"\n    {name}: " in source
         after = source.split(f"\n    {name}: ", 1)[1].split("\n", 2)[1]
         assert after.startswith('    """'), f"{name} says nothing about itself"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choosy(RunConfig):
+    """One word of two."""
+
+    torso: Literal["nature", "resnet"] = "nature"
+
+
+@pytest.mark.parametrize("word", ["alexnet", "", None, 1, ["nature"]])
+def test_a_word_that_its_type_does_not_allow_is_refused(word):
+    assert Choosy(torso="resnet").torso == "resnet"
+    with pytest.raises(ValueError, match="torso: must be one of nature, resnet; got "):
+        Choosy(torso=word)

@@ -4,18 +4,21 @@ import numpy as np
 import pytest
 import torch
 
+from rlbook.parts.acting import make_actor_critic
 from rlbook.parts.networks import (
     ActorCritic,
     GreedyPolicy,
     MLPTorso,
     NatureTorso,
     QNetwork,
+    ResNetTorso,
     SamplingPolicy,
     action_values,
     greedy_action,
     make_torso,
     sample_action,
 )
+from rlbook.parts.recurrent_q import make_q_network
 
 
 @pytest.mark.parametrize("shape, kind", [((4,), MLPTorso), ((1, 10, 5), MLPTorso)])
@@ -33,6 +36,80 @@ def test_frames_get_the_papers_convolutions():
     sizes = 32 * (256 + 1) + 64 * (512 + 1) + 64 * (576 + 1) + 512 * (3136 + 1)
     assert sum(p.numel() for p in torso.parameters()) == sizes
     assert torch.allclose(torso(frames), torso.layers(frames.float() / 255))
+
+
+def resnet_sizes(channels, fields):
+    """Weights and biases of IMPALA's deep network, written down from figure 3, by layer."""
+
+    def conv(inputs, outputs):
+        return outputs * (3 * 3 * inputs + 1)
+
+    return [
+        *(conv(channels, 16), *[conv(16, 16)] * 4),  # conv, then two blocks of two
+        *(conv(16, 32), *[conv(32, 32)] * 4),
+        *(conv(32, 32), *[conv(32, 32)] * 4),
+        256 * (32 * fields + 1),
+    ]
+
+
+def test_resnet_is_the_papers():
+    torso = make_torso((4, 84, 84), (), frames="resnet")
+    assert isinstance(torso, ResNetTorso) and torso.features == 256
+    layers = [m for m in torso.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
+    counted = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    assert len(layers) == 15 + 1, "15 convolutions (figure 3) and one full connection"
+    assert counted == resnet_sizes(4, 11 * 11)  # 84 → 42 → 21 → 11, halved and rounded up
+    assert sum(counted) == 592 + 9_280 + 4_640 + 36_992 + 9_248 + 36_992 + 991_488
+    frames = torch.randint(256, (2, 4, 84, 84), dtype=torch.uint8)
+    assert torso(frames).shape == (2, 256) and (torso(frames) >= 0).all()
+    assert torch.allclose(torso(frames), torso.layers(frames.float() / 255))
+
+
+def test_resnet_in_the_papers_lab_has_the_papers_number_of_parameters():
+    """Figure 3 says 1.6 million, on 72 × 96 colours, with the LSTM and what it is told besides."""
+    torso = ResNetTorso(3, (72, 96))
+    assert torso(torch.zeros(1, 3, 72, 96, dtype=torch.uint8)).shape == (1, 256)
+    assert sum(p.numel() for p in torso.parameters()) == sum(resnet_sizes(3, 9 * 12))
+    told = 256 + 1 + 9 + 64  # features, last reward, last of 9 actions, the instruction
+    lstm = 4 * 256 * (told + 256 + 1)
+    words = 1000 * 20 + 4 * 64 * (20 + 64 + 1)  # an embedding and an LSTM of 64
+    heads = (9 + 1) * (256 + 1)
+    total = sum(resnet_sizes(3, 9 * 12)) + lstm + words + heads
+    assert round(total / 1e6, 1) == 1.6
+
+
+def test_residual_blocks_add_to_what_comes_in():
+    block = ResNetTorso(1, (4, 4)).layers[2]
+    x = torch.randn(2, 16, 4, 4)
+    with torch.no_grad():
+        block.second.weight.zero_()
+        block.second.bias.fill_(0.25)
+    assert torch.equal(block(x), x + 0.25)
+    torch.nn.init.dirac_(block.first.weight)
+    torch.nn.init.zeros_(block.first.bias)
+    torch.nn.init.dirac_(block.second.weight)
+    assert torch.allclose(block(x), x + x.clamp(min=0) + 0.25, atol=1e-6)
+
+
+@pytest.mark.parametrize("torso", ["nature", "resnet"])
+def test_every_network_takes_a_torso_for_frames(torso):
+    frames = torch.randint(256, (2, 3, 4, 84, 84), dtype=torch.uint8)
+    first = torch.zeros(2, 3, dtype=torch.bool)
+    for lstm_size in (0, 8):
+        q = make_q_network((4, 84, 84), 6, (), lstm_size, torso=torso)
+        policy = make_actor_critic((4, 84, 84), 6, (), lstm_size, torso)
+        size = {"nature": 512, "resnet": 256}[torso]
+        assert q.torso.features == policy.torso.features == size
+        if lstm_size:
+            assert q(frames, first, q.initial_state(3))[0].shape == (2, 3, 6)
+            assert policy(frames, first, policy.initial_state(3))[1].shape == (2, 3)
+        else:
+            assert q(frames[0]).shape == (3, 6) and policy(frames[0])[1].shape == (3,)
+
+
+def test_an_unknown_torso_is_refused_even_where_there_are_no_frames():
+    with pytest.raises(ValueError, match="torso: must be one of nature, resnet; got 'alexnet'"):
+        make_torso((4,), (8,), frames="alexnet")
 
 
 @pytest.mark.parametrize("shared", [True, False])
