@@ -108,6 +108,33 @@ def shares(parts: Sequence[Part], priorities: np.ndarray) -> "list[Priorities | 
     return found
 
 
+class Deal(NamedTuple):
+    """How the rows of a draw go to k learners: so many neighbours together to each in turn.
+
+    Neighbours come from neighbouring strata, and a learner deals them to its batches: so all k
+    together have the batches that one learner would have had.
+    """
+
+    learners: int = 1
+    together: int = 1
+
+
+ONE_LEARNER = Deal()
+
+
+def dealt(sample: Sample | None, rows: int, deal: Deal, first: int) -> "list[Sample | None]":
+    """The rows of each learner; None for no rows. `first` is the place of row 0 in the draw."""
+    if sample is None or deal.learners == 1:
+        return [sample] * deal.learners
+    owner = np.arange(first, first + rows) // deal.together % deal.learners
+    return [
+        tree_map(lambda column, mine=owner == one: column[mine], sample)
+        if (owner == one).any()
+        else None
+        for one in range(deal.learners)
+    ]
+
+
 class Priorities(NamedTuple):
     """What a learner sends back to the shard that gave the rows."""
 
@@ -161,22 +188,33 @@ class MemoryShard(Alive):
             self.memory.add(made.items)
         return self.report()
 
-    def draw(self, rows: int, share: float) -> tuple[ShardReport, Part]:
-        """So many rows; `share` is the part of all rows that this shard gives on average."""
+    def draw(
+        self, rows: int, share: float, deal: Deal = ONE_LEARNER, first: int = 0
+    ) -> tuple[Any, ...]:
+        """So many rows: a `ShardReport`, and a `Part` for each learner.
+
+        Args:
+            rows: to draw.
+            share: part of all rows of the draw that this shard gives on average.
+            deal: who gets which rows.
+            first: rows of the draw that come from the shards before this one.
+        """
         report, smallest = self.report(), 0.0
         if self.settings.finds_smallest and isinstance(self.memory, PrioritizedReplay):
             smallest = self.memory.smallest_priority / (report.total or 1.0) * share
-        if not rows:
-            return report, Part(None, report.size, smallest)
-        sample = self.memory.sample(rows)
-        sample = sample._replace(probabilities=sample.probabilities * share)
-        return report, Part(sample, report.size, smallest)
+        sample = None
+        if rows:
+            sample = self.memory.sample(rows)
+            sample = sample._replace(probabilities=sample.probabilities * share)
+        parts = [Part(mine, report.size, smallest) for mine in dealt(sample, rows, deal, first)]
+        return report, *parts
 
-    def correct(self, priorities: Priorities | None) -> int:
-        """Stores new priorities; how many of the items were still there."""
-        if priorities is None or not isinstance(self.memory, PrioritizedReplay):
+    def correct(self, *priorities: Priorities | None) -> int:
+        """Stores new priorities, those of each learner; how many of the items were still there."""
+        if not isinstance(self.memory, PrioritizedReplay):
             return 0
-        return self.memory.update_priorities(priorities.keys, priorities.values)
+        found = [one for one in priorities if one is not None]
+        return sum(self.memory.update_priorities(one.keys, one.values) for one in found)
 
     def report(self) -> ShardReport:
         """How much there is."""

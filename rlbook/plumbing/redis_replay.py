@@ -32,7 +32,7 @@ from rlbook.parts.replay import Sample
 from rlbook.parts.ring import ItemsT
 from rlbook.parts.rows import Rows, drawn, scaled_priorities
 from rlbook.parts.sum_tree import Ints, integers, positive_int
-from rlbook.plumbing.memory_shard import Part
+from rlbook.plumbing.memory_shard import ONE_LEARNER, Deal, Part
 from rlbook.plumbing.redis_server import RedisSettings
 from rlbook.plumbing.replay_server import Draw
 from rlbook.plumbing.runtime import Reference
@@ -361,8 +361,8 @@ class RedisReplay:
     def stored(self, added: Reference) -> None:
         """Nothing was handed on."""
 
-    def sample(self, rows: int) -> Draw | None:
-        """What a learner is to draw; None while there is nothing."""
+    def sample(self, rows: int, deal: Deal = ONE_LEARNER) -> Draw | None:
+        """What learners are to draw; None while there is nothing."""
         return Draw([], rows) if self.held else None
 
     def update_priorities(self, draw: Draw, priorities: Sequence[Reference]) -> None:

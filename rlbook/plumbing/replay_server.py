@@ -21,7 +21,13 @@ import numpy as np
 from rlbook.data import Transition
 from rlbook.parts.replay import UniformReplay
 from rlbook.plumbing.deeds import StandIn
-from rlbook.plumbing.memory_shard import MemorySettings, MemoryShard, ShardReport
+from rlbook.plumbing.memory_shard import (
+    ONE_LEARNER,
+    Deal,
+    MemorySettings,
+    MemoryShard,
+    ShardReport,
+)
 from rlbook.plumbing.param_server import Alive, alive
 from rlbook.plumbing.runtime import ActorDiedError, Reference, Runtime
 from rlbook.plumbing.team import place_seed
@@ -31,8 +37,8 @@ class Draw(NamedTuple):
     """A batch on its way from the shards to a learner."""
 
     parts: list[Reference]
-    """To a `Part` from each shard. Where the learner is a client of the memory itself there are
-    none: it draws `rows` by itself."""
+    """To a `Part` from each shard for the first learner, then for the second, … Where learners are
+    clients of the memory themselves there are none: they draw `rows` by themselves."""
     rows: int
     reports: list[Reference] = []
     """To what each shard tells the driver: a `ShardReport`."""
@@ -51,7 +57,7 @@ class Replay(Protocol):
 
     @property
     def parts(self) -> int:
-        """Of each draw: R, or 0 where the learner draws by itself."""
+        """Of each draw, for each learner: R, or 0 where learners draw by themselves."""
 
     @property
     def nbytes(self) -> int:
@@ -65,9 +71,9 @@ class Replay(Protocol):
     def stored(self, added: Reference) -> None:
         """What `add` handed on is stored, or was lost with who should have stored it."""
 
-    def sample(self, rows: int) -> Draw | None:
-        """Draws so many rows from all shards together, by p^α / Σ p^α. Returns at once; None while
-        there is nothing to draw.
+    def sample(self, rows: int, deal: Deal = ONE_LEARNER) -> Draw | None:
+        """Draws so many rows from all shards together, by p^α / Σ p^α, for the learners that a deal
+        says. Returns at once; None while there is nothing to draw.
         """
 
     def update_priorities(self, draw: Draw, priorities: Sequence[Reference]) -> None:
@@ -213,14 +219,14 @@ class ShardedReplay:
         self.runtime, self.settings, self.seed = runtime, settings, seed
         full = ShardReport(settings.capacity, 1.0)
 
-        def drawn(rows: int, share: float) -> tuple[ShardReport, StandIn]:
-            return full, StandIn(rows * row_bytes)
+        def drawn(rows: int, share: float, deal: Deal = ONE_LEARNER, first: int = 0) -> Any:
+            return full, *[StandIn(rows * row_bytes // deal.learners)] * deal.learners
 
         self._remote = runtime.remote(
             MemoryShard,
             costs={
                 "keep": {"add": 1},
-                "draw": lambda rows, share: {"sample": rows / batch},
+                "draw": lambda rows, *_: {"sample": rows / batch},
                 "correct": {"update": 1 / shards},
             },
             returns={"keep": full, "draw": drawn},
@@ -274,19 +280,22 @@ class ShardedReplay:
         if born == self.born[index]:
             self._note(index, report)
 
-    def sample(self, rows: int) -> Draw | None:
+    def sample(self, rows: int, deal: Deal = ONE_LEARNER) -> Draw | None:
         """Rows of all shards. Waits only for a shard that had nothing when it last reported."""
         if (dealt := self._shares()) is None:
             return None
-        parts = []
         edges = np.floor(np.cumsum(dealt) * rows + self._rng.random()).astype(int)
         edges[-1] = rows
-        counts, reports = np.diff(edges, prepend=0), []
-        for shard, count, share in zip(self.shards, counts.tolist(), dealt.tolist(), strict=True):
-            report, part = shard.draw.options(num_returns=2).remote(count, share)
-            reports.append(report)
-            parts.append(part)
-        return Draw(parts, rows, reports, tuple(self.born))
+        starts = [0, *edges.tolist()]
+        calls = []
+        for shard, first, end, share in zip(
+            self.shards, starts[:-1], starts[1:], dealt.tolist(), strict=True
+        ):
+            call = shard.draw.options(num_returns=1 + deal.learners)
+            how = () if deal.learners == 1 else (deal, first)
+            calls.append(call.remote(end - first, share, *how))
+        reports, *parts = (list(column) for column in zip(*calls, strict=True))
+        return Draw([part for mine in parts for part in mine], rows, reports, tuple(self.born))
 
     def update_priorities(self, draw: Draw, priorities: Sequence[Reference]) -> None:
         """Hands a `Priorities` to each shard that gave rows. Returns at once."""
@@ -295,7 +304,7 @@ class ShardedReplay:
                 continue
             self._note(index, self.runtime.get(draw.reports[index]))
             if self.settings.prioritized:
-                shard.correct.remote(priorities[index])
+                shard.correct.remote(*priorities[index :: len(self.shards)])
 
     def mend(self) -> int:
         """Puts an empty shard in the place of each dead one, and tells how many died."""
