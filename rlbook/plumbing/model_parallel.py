@@ -8,7 +8,8 @@
 Each function here runs on every rank of :class:`~rlbook.plumbing.ranks.Ranks` and returns the
 :class:`Outcome` of the *whole* network on the *whole* batch, put together again, so that it can be
 held against one process's. In earnest nobody gathers gradients: each rank keeps and updates its
-own.
+own. Each computes on its rank's device, and what it returns lies on the CPU. On GPUs all but data
+parallelism needs NCCL, and so a GPU for each rank; that has not been run by the authors.
 
 The network is an ``nn.Sequential`` of linear layers and activations; ``loss`` takes its output as
 ``logits`` and ``targets`` (tensors ``[N, ...]``) by keyword, and is a mean over the rows that
@@ -20,15 +21,19 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 
+from rlbook.plumbing.ranks import rank_device
+
 Loss = Callable[..., Tensor]
 Targets = Mapping[str, Tensor]
 Slices = list[slice]
+N = TypeVar("N", bound=nn.Module)
 
 
 class Outcome(NamedTuple):
@@ -39,15 +44,19 @@ class Outcome(NamedTuple):
     gradients: dict[str, Tensor]
     """Parameter → gradient of the mean loss over all rows, shape of the parameter."""
     own_parameters: int = 0
-    """Numbers of the network that this rank held."""
+    """Numbers of the network that this rank held. As many gradients come with them, and with Adam
+    twice as many moments."""
+    own_activations: int = 0
+    """Numbers that this rank kept from the way forwards for the way back, its inputs among them."""
 
 
 def whole(network: nn.Module, loss: Loss, inputs: Tensor, targets: Targets) -> Outcome:
     """One process, all rows, all layers: what the others must equal."""
     network = copy.deepcopy(network)
-    outputs = network(inputs)
-    loss(logits=outputs, **targets).backward()
-    return Outcome(outputs.detach(), _gradients(network), _count(network))
+    with kept_for_later(network) as kept:
+        outputs = network(inputs)
+        loss(logits=outputs, **targets).backward()
+    return _outcome(outputs, network, kept)
 
 
 def data_parallel(
@@ -59,13 +68,14 @@ def data_parallel(
     """
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     shards = shard_rows(len(inputs), ranks, cuts)
-    network = copy.deepcopy(network)
-    outputs = _backward_on_shard(network, loss, inputs, targets, shards[rank])
+    network, inputs, targets = brought(network, inputs, targets)
+    with kept_for_later(network) as kept:
+        outputs = _backward_on_shard(network, loss, inputs, targets, shards[rank])
     for parameter in network.parameters():
         distributed.all_reduce(parameter.grad)
     parts: list[Any] = [None] * ranks
-    distributed.all_gather_object(parts, outputs)
-    return Outcome(torch.cat(parts), _gradients(network), _count(network))
+    distributed.all_gather_object(parts, outputs.cpu())
+    return _outcome(torch.cat(parts), network, kept)
 
 
 def tensor_parallel(
@@ -76,11 +86,13 @@ def tensor_parallel(
     """
     from torch.distributed.device_mesh import init_device_mesh
 
-    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
-    network = split_layers(copy.deepcopy(network), mesh)
-    outputs = network(inputs)
-    loss(logits=outputs, **targets).backward()
-    return Outcome(outputs.detach(), _gradients(network), _count(network))
+    network, inputs, targets = brought(network, inputs, targets)
+    mesh = init_device_mesh(inputs.device.type, (distributed.get_world_size(),))
+    network = split_layers(network, mesh)
+    with kept_for_later(network) as kept:
+        outputs = network(inputs)
+        loss(logits=outputs, **targets).backward()
+    return _outcome(outputs, network, kept)
 
 
 def hybrid_parallel(
@@ -95,17 +107,20 @@ def hybrid_parallel(
     ranks = distributed.get_world_size()
     if ranks % 2:
         raise ValueError(f"a mesh of two axes needs an even number of ranks, got {ranks}")
-    mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("data", "tensor"))
-    network = split_layers(copy.deepcopy(network), mesh["tensor"])
+    network, inputs, targets = brought(network, inputs, targets)
+    places = (2, ranks // 2)
+    mesh = init_device_mesh(inputs.device.type, places, mesh_dim_names=("data", "tensor"))
+    network = split_layers(network, mesh["tensor"])
     shards = shard_rows(len(inputs), 2)
     mine = shards[mesh.get_local_rank("data")]
-    outputs = _backward_on_shard(network, loss, inputs, targets, mine)
+    with kept_for_later(network) as kept:
+        outputs = _backward_on_shard(network, loss, inputs, targets, mine)
     data = mesh.get_group("data")
     for parameter in network.parameters():  # each slice with its twins of the other rows
         distributed.all_reduce(_local(parameter.grad), group=data)
     parts: list[Any] = [None, None]
-    distributed.all_gather_object(parts, outputs, group=data)
-    return Outcome(torch.cat(parts), _gradients(network), _count(network))
+    distributed.all_gather_object(parts, outputs.cpu(), group=data)
+    return _outcome(torch.cat(parts), network, kept)
 
 
 def pipeline_parallel(
@@ -121,23 +136,47 @@ def pipeline_parallel(
     if "valid" in targets:
         raise ValueError("valid: microbatches are averaged as equals, so every row must count")
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
-    network = copy.deepcopy(network)
+    network, inputs, targets = brought(network, inputs, targets)
     own = stage_layers(network, ranks)[rank]
 
     def loss_of_microbatch(outputs: Tensor, rows: Tensor) -> Tensor:
         return loss(logits=outputs, **{name: value[rows] for name, value in targets.items()})
 
-    stage = PipelineStage(own, rank, ranks, torch.device("cpu"))
+    stage = PipelineStage(own, rank, ranks, inputs.device)
     schedule = ScheduleGPipe(stage, microbatches, loss_fn=loss_of_microbatch)
     first, last = rank == 0, rank == ranks - 1
-    rows = torch.arange(len(inputs))
+    rows = torch.arange(len(inputs), device=inputs.device)
     arguments = (inputs,) if first else ()
-    outputs = schedule.step(*arguments, target=rows if last else None)
+    with kept_for_later(own) as kept:
+        outputs = schedule.step(*arguments, target=rows if last else None)
     held: list[Any] = [None] * ranks
-    distributed.all_gather_object(held, (_gradients(network), outputs.detach() if last else None))
+    mine = (_gradients(network), outputs.detach().cpu() if last else None)
+    distributed.all_gather_object(held, mine)
     gradients = {name: value for part, _ in held for name, value in part.items()}
     ordered = {name: gradients[name] for name, _ in network.named_parameters()}
-    return Outcome(held[-1][1], ordered, _count(own))
+    return Outcome(held[-1][1], ordered, _count(own), sum(kept.values()))
+
+
+def brought(network: N, inputs: Tensor, targets: Targets) -> tuple[N, Tensor, Targets]:
+    """A copy of the network, and the batch, on this rank's device."""
+    device = rank_device()
+    there = {name: value.to(device) for name, value in targets.items()}
+    return copy.deepcopy(network).to(device), inputs.to(device), there
+
+
+@contextmanager
+def kept_for_later(network: nn.Module) -> Iterator[dict[int, int]]:
+    """Notes what autograd keeps for the way back, but for the parameters: place → numbers there."""
+    owned = {_place(parameter) for parameter in network.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if (place := _place(tensor)) not in owned:
+            kept[place] = max(kept.get(place, 0), _local(tensor).numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield kept
 
 
 def shard_rows(rows: int, shards: int, cuts: list[int] | None = None) -> Slices:
@@ -202,6 +241,15 @@ def rows_that_count(targets: Targets, rows: int) -> int:
     return int(targets["valid"].sum()) if "valid" in targets else rows
 
 
+def _outcome(outputs: Tensor, network: nn.Module, kept: Mapping[int, int]) -> Outcome:
+    found = outputs.detach().cpu()
+    return Outcome(found, _gradients(network), _count(network), sum(kept.values()))
+
+
+def _place(tensor: Tensor) -> int:
+    return _local(tensor).untyped_storage().data_ptr()
+
+
 def _local(tensor: Any) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
@@ -211,7 +259,7 @@ def _gradients(network: nn.Module) -> dict[str, Tensor]:
     for name, parameter in network.named_parameters():
         if parameter.grad is not None:
             grad: Any = parameter.grad
-            found[name] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+            found[name] = (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).cpu()
     return found
 
 

@@ -3,14 +3,20 @@
     with Ranks(4) as ranks:
         answers = ranks.run(function, *arguments)              function(*arguments) on 4 ranks
         answers = ranks.run(function, *arguments, size=2)      the same on the first two
+    Ranks(4, "cuda")                                           rank i on GPU i mod GPUs, with NCCL
 
 Ray's actors answer a driver; ranks talk to each other. Every rank runs the same function, knows its
 number (`torch.distributed.get_rank()`), and meets the others in collectives such as `all_reduce`.
 
 A rank is a fresh Python with one thread, so it costs seconds to start and then stays. Each run is
-a process group of its own (gloo, over the loopback interface, met through a file), so that a run
-leaves nothing to the next. What a rank prints is not shown. If one fails, all are ended and its
-traceback is raised here; if the driver vanishes, they end themselves.
+a process group of its own (over the loopback interface, met through a file), so that a run leaves
+nothing to the next. What a rank prints is not shown. If one fails, all are ended and its traceback
+is raised here; if the driver vanishes, they end themselves.
+
+Tensors on the CPU meet by gloo, those on GPUs by NCCL, which wants a GPU for each rank; ranks that
+share one have gloo alone, which knows few collectives of a GPU's tensors (`all_reduce`,
+`broadcast`). NCCL between several ranks has not been run by the authors: there was no computer with
+two GPUs in reach.
 
 For POSIX systems.
 """
@@ -29,12 +35,19 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Self
 
 from rlbook.plumbing.children import Child, pipe_of
+from rlbook.plumbing.places import backend_for, own_device
+
+if TYPE_CHECKING:
+    import torch
 
 TIMEOUT_S = 120.0
 """A run that takes longer has gone wrong."""
+
+DEVICE = "RLBOOK_RANK_DEVICE"
+"""The variable of a rank's environment that names its device."""
 
 
 class RankError(RuntimeError):
@@ -44,6 +57,7 @@ class RankError(RuntimeError):
 class _Job(NamedTuple):
     rank: int
     size: int
+    backend: str
     meeting: str
     call: bytes
     timeout_s: float
@@ -53,13 +67,28 @@ class Ranks:
     """``size`` processes that wait for functions to run together.
 
     A function must be importable (of a package or module, not of a notebook's cell), its arguments
-    and result picklable. Raises ``ValueError`` for a size below 1.
+    and result picklable.
+
+    Args:
+        size: how many.
+        device: "cpu"; "cuda" for rank i on GPU i mod GPUs; "cuda:1" for all on that one. A function
+            learns its own by :func:`rank_device`; arguments come as the driver has them.
+        backend: of tensors on GPUs; "auto" is NCCL where each rank has a GPU of its own, else gloo.
+
+    Raises:
+        ValueError: a size below 1, a device that is not here, NCCL where ranks share one.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(
+        self, size: int, device: str = "cpu", backend: Literal["auto", "nccl", "gloo"] = "auto"
+    ) -> None:
         if size < 1:
             raise ValueError(f"size: must be at least 1, got {size}")
         self.size = size
+        self.devices = [own_device(device, rank) for rank in range(size)]
+        """Of each rank."""
+        self.backend = backend_for(backend, self.devices)
+        """Of tensors on these devices: "nccl" or "gloo"."""
         self._children: list[Child] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._runs = 0
@@ -105,7 +134,7 @@ class Ranks:
         call = pickle.dumps((function, arguments, options))
         try:
             for rank in range(size):
-                self._send(rank, _Job(rank, size, meeting, call, timeout_s))
+                self._send(rank, _Job(rank, size, self.backend, meeting, call, timeout_s))
             return self._collect(size, time.monotonic() + timeout_s, timeout_s)
         except BaseException:
             self.close()
@@ -123,8 +152,10 @@ class Ranks:
     def _start(self, rank: int) -> None:
         assert self._folder is not None
         log = Path(self._folder.name) / f"rank-{rank}.log"
-        loopback = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
-        self._children.append(Child("rlbook.plumbing.ranks", log, environment=loopback))
+        loopback = "lo0" if sys.platform == "darwin" else "lo"
+        variables = {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
+        variables[DEVICE] = str(self.devices[rank])
+        self._children.append(Child("rlbook.plumbing.ranks", log, environment=variables))
 
     def _send(self, rank: int, job: _Job) -> None:
         try:
@@ -166,6 +197,13 @@ class Ranks:
         raise RankError(f"rank {rank} {self._children[rank].last_words()}")
 
 
+def rank_device() -> torch.device:
+    """In a rank: its device. In any other process the CPU."""
+    import torch
+
+    return torch.device(os.environ.get(DEVICE, "cpu"))
+
+
 def on_ranks(
     size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = TIMEOUT_S
 ) -> list[Any]:
@@ -189,6 +227,8 @@ def _serve(pipe: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    if rank_device().type == "cuda":
+        torch.cuda.set_device(rank_device())
     while True:
         job = jobs.get()
         try:
@@ -207,7 +247,7 @@ def _work(job: _Job) -> Any:
     if distributed.is_initialized():
         distributed.destroy_process_group()
     distributed.init_process_group(
-        "gloo",
+        job.backend if job.backend == "gloo" else "cpu:gloo,cuda:nccl",
         init_method=Path(job.meeting).as_uri(),
         rank=job.rank,
         world_size=job.size,

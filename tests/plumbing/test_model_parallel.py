@@ -85,6 +85,20 @@ def test_each_rank_holds_only_its_part(four: Ranks) -> None:
     assert own[hybrid_parallel] == [(total - everybodys) // 2 + everybodys] * 4
 
 
+def test_each_rank_keeps_only_its_part_for_the_way_back(four: Ranks) -> None:
+    network, (inputs, targets) = policy(layers=8), batch()
+    arguments = (network, policy_gradient_loss, inputs, targets)
+    own = {s: [o.own_activations for o in four.run(s, *arguments)] for s in SPLITS}
+    alone = whole(*arguments).own_activations
+    # Inputs, what each of 7 tanh gave, and four of the loss: log π twice, chosen, advantages.
+    assert alone >= ROWS * (5 + 7 * 8 + ACTIONS)
+    assert own[data_parallel] == [alone // 4] * 4
+    assert sum(own[pipeline_parallel]) < 2 * alone and max(own[pipeline_parallel]) < alone / 2
+    # Of the layers' outputs every other one is in slices.
+    assert alone / 2 < own[tensor_parallel][0] < 0.7 * alone
+    assert own[hybrid_parallel][0] < own[tensor_parallel][0]
+
+
 def test_three_layers_gather_the_last_ones_columns(four: Ranks) -> None:
     arguments = (policy(layers=3), policy_gradient_loss, *batch())
     for size in (2, 4):  # 3 actions: unequal slices, and an empty one
@@ -154,3 +168,29 @@ def test_rows_that_count() -> None:
     assert model_parallel.rows_that_count({}, 7) == 7
     valid = torch.tensor([True, False, True])
     assert model_parallel.rows_that_count({"valid": valid}, 3) == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("split", SPLITS, ids=lambda split: split.__name__)
+def test_on_gpus_too_split_is_whole(split: Callable[..., Outcome]) -> None:
+    """Ranks on GPUs of their own by NCCL; where there is one GPU, one rank."""
+    size = 2 if torch.cuda.device_count() > 1 else 1
+    if size == 1 and split is hybrid_parallel:
+        pytest.skip("a mesh of two axes needs two GPUs")
+    network, (inputs, targets) = policy(), batch()
+    expected = whole(network, policy_gradient_loss, inputs, targets)
+    with Ranks(size, "cuda") as ranks:
+        assert ranks.backend == "nccl"
+        outcomes = ranks.run(split, network, policy_gradient_loss, inputs, targets)
+    for outcome in outcomes:
+        assert difference(outcome, expected) <= 1e-10 and outcome.outputs.device.type == "cpu"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_two_ranks_share_a_gpu_by_gloo() -> None:
+    network, (inputs, targets) = policy(), batch()
+    expected = whole(network, policy_gradient_loss, inputs, targets)
+    with Ranks(2, "cuda:0") as ranks:
+        assert ranks.backend == "gloo"
+        for outcome in ranks.run(data_parallel, network, policy_gradient_loss, inputs, targets):
+            assert difference(outcome, expected) <= 1e-10

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import distributed
 
-from rlbook.plumbing.ranks import RankError, Ranks, on_ranks
+from rlbook.plumbing.ranks import RankError, Ranks, on_ranks, rank_device
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,6 +27,10 @@ def summed(value: float) -> float:
     tensor = torch.tensor(value * (1 + distributed.get_rank()))
     distributed.all_reduce(tensor)
     return tensor.item()
+
+
+def place() -> tuple[str, str]:
+    return str(rank_device()), distributed.get_backend()
 
 
 def one_fails(who: int) -> None:
@@ -73,6 +77,17 @@ def test_runs_of_ranks_that_do_not_talk_are_not_disturbed_by_the_quickest(three:
 def test_ranks_talk_to_each_other(three: Ranks) -> None:
     assert three.run(summed, 2.0) == [2.0 * (1 + 2 + 3)] * 3
     assert three.run(summed, 2.0, size=1) == [2.0]
+
+
+def test_ranks_know_their_device(three: Ranks) -> None:
+    assert three.backend == "gloo" and three.run(place) == [("cpu", "gloo")] * 3
+    assert str(rank_device()) == "cpu"
+    with pytest.raises(ValueError, match="nccl: needs a GPU for each process"):
+        Ranks(2, backend="nccl")
+    if not torch.cuda.is_available():
+        assert [str(device) for device in Ranks(2, "auto").devices] == ["cpu", "cpu"]
+        with pytest.raises(ValueError, match="device: no 'cuda' here"):
+            Ranks(2, "cuda")
 
 
 def test_what_cannot_work_is_refused_and_harms_nobody(three: Ranks) -> None:
