@@ -9,6 +9,8 @@ algorithms", equation 9; with deep networks Lillicrap et al., 2016, arXiv:1509.0
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -19,6 +21,7 @@ from rlbook.parts.envs import Envs
 from rlbook.parts.flat import Flat
 from rlbook.parts.n_step import Trail
 from rlbook.parts.networks import MLPTorso, make_torso
+from rlbook.parts.on_device import there
 from rlbook.parts.replay import Sample
 
 TAKEN, BEST = 0, 1
@@ -121,7 +124,8 @@ def dpg_gradient(
     flat: Flat,
     networks: tuple[DeterministicNetwork, DeterministicNetwork],
     sample: Sample,
-    limit: float,
+    limit: float | None = None,
+    cast: AbstractContextManager[Any] | None = None,
 ) -> tuple[np.ndarray, dict[str, float]]:
     """Leaves two gradients in `flat.gradients`, each in its own part: of the critic's loss, half
     the mean of weighted squared TD errors, and of −Q(x, μ(x)), with ∇_a Q clipped to ±1.
@@ -130,30 +134,35 @@ def dpg_gradient(
         flat: of the online network.
         networks: online and target.
         sample: a batch, `[N, ...]`, and the weight of each row.
-        limit: the gradient is scaled down to this Euclidean norm.
+        limit: the gradient is scaled down to this Euclidean norm; None leaves it as it is.
+        cast: in which the networks are asked and the loss is made, such as `torch.autocast`.
 
     Returns:
-        |TD errors| `[N]`, and loss, policy_loss, td_error_mean, gradient_norm (before clipping).
+        |TD errors| `[N]`, and loss, policy_loss, td_error_mean, gradient_norm (before clipping, if
+        it is asked).
     """
-    online, target = networks
-    columns = [torch.from_numpy(np.require(column, None, "W")) for column in sample.items]
-    obs_tm1, a_tm1, r_t, discount_t, obs_t = columns
-    weights = torch.from_numpy(np.require(sample.weights, None, "W"))
-    with torch.no_grad():
-        goal = r_t + discount_t * target.value(obs_t, target(obs_t))
-    errors = goal - online.value(obs_tm1, a_tm1)
-    loss = 0.5 * (weights * errors.square()).mean()
+    (online, target), device = networks, flat.vector.device
+    cast = cast or nullcontext()
+    obs_tm1, a_tm1, r_t, discount_t, obs_t = (there(column, device) for column in sample.items)
+    with cast:
+        with torch.no_grad():
+            goal = r_t + discount_t * target.value(obs_t, target(obs_t))
+        errors = goal - online.value(obs_tm1, a_tm1)
+        loss = 0.5 * (there(sample.weights, device) * errors.square()).mean()
     flat.gradients.zero_()
     loss.backward()
-    action = online(obs_tm1)
-    held = action.detach().requires_grad_()
-    q = online.value(obs_tm1, held)
+    with cast:
+        action = online(obs_tm1)
+        held = action.detach().requires_grad_()
+        q = online.value(obs_tm1, held)
     (slope,) = torch.autograd.grad(q.sum(), held)  # of the action alone: the critic stays
     action.backward(-slope.clamp(-1, 1) / len(slope))
-    norm, absolute = flat.clip(limit), errors.detach().abs()
+    absolute = errors.detach().abs()
     metrics = {"loss": loss.item(), "policy_loss": -q.mean().item()}
-    metrics |= {"td_error_mean": absolute.mean().item(), "gradient_norm": norm}
-    return absolute.numpy(), metrics
+    metrics["td_error_mean"] = absolute.mean().item()
+    if limit is not None:
+        metrics["gradient_norm"] = flat.clip(limit)
+    return absolute.cpu().numpy(), metrics
 
 
 def require_bounded(envs: Envs, system: str) -> gym.spaces.Box:

@@ -30,6 +30,31 @@ def usable(devices: str | tuple[str, ...]) -> None:
             raise ValueError(f"no device {name!r} can be used here: {why}") from None
 
 
+def there(array: Any, device: torch.device) -> torch.Tensor:
+    """An array (or a tensor on the CPU) as a tensor on a device.
+
+    On its way to a GPU it is copied to pinned memory, from where it travels beside what the GPU
+    does; to the CPU nothing is copied. Arrays from another process are read-only, which PyTorch
+    does not know: those are copied in any case.
+    """
+    is_tensor = isinstance(array, torch.Tensor)
+    tensor = array if is_tensor else torch.from_numpy(np.require(array, None, "W"))
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def on_host(state: Any) -> Any:
+    """A tree of dicts, lists and tuples with all its tensors on the CPU; others stay as they are."""
+    if isinstance(state, torch.Tensor):
+        return state.cpu()
+    if isinstance(state, dict):
+        return {key: on_host(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(map(on_host, state))
+    return state
+
+
 class OnDevice:
     """A copy of a network on a device.
 

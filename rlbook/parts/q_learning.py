@@ -7,6 +7,7 @@ q [B, A]       ──► epsilon_greedy ──► action [B]
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from rlbook.maths.losses import double_q_td_errors, huber, q_td_errors
 from rlbook.parts.envs import Envs, Step
 from rlbook.parts.flat import Flat
 from rlbook.parts.networks import QNetwork, action_values
+from rlbook.parts.on_device import there
 from rlbook.parts.replay import Sample
 
 
@@ -80,7 +82,12 @@ def td_errors(online: nn.Module, target: nn.Module, batch: Transition, double: b
 
 
 def td_gradient(
-    flat: Flat, networks: tuple[nn.Module, nn.Module], sample: Sample, double: bool, limit: float
+    flat: Flat,
+    networks: tuple[nn.Module, nn.Module],
+    sample: Sample,
+    double: bool,
+    limit: float | None = None,
+    cast: AbstractContextManager[Any] | None = None,
 ) -> tuple[np.ndarray, dict[str, float]]:
     """Leaves the gradient of DQN's loss in `flat.gradients`: the mean of weighted Huber losses.
 
@@ -89,22 +96,24 @@ def td_gradient(
         networks: online and target.
         sample: a batch, `[N, ...]`, and the weight of each row.
         double: see `td_errors`.
-        limit: the gradient is scaled down to this Euclidean norm.
+        limit: the gradient is scaled down to this Euclidean norm; None leaves it as it is.
+        cast: in which the networks are asked and the loss is made, such as `torch.autocast`.
 
     Returns:
-        |TD errors| `[N]`, and loss, td_error_mean, gradient_norm (before clipping).
+        |TD errors| `[N]`, and loss, td_error_mean, gradient_norm (before clipping, if it is asked).
     """
-    # Arrays from another process are read-only, which PyTorch does not know.
-    rows = [torch.from_numpy(np.require(column, None, "W")) for column in sample.items]
-    errors = td_errors(*networks, Transition(*rows), double)
-    weights = torch.from_numpy(np.require(sample.weights, None, "W")).to(errors.dtype)
-    loss = (weights * huber(errors)).mean()
+    device = flat.vector.device
+    with cast or nullcontext():
+        rows = [there(column, device) for column in sample.items]
+        errors = td_errors(*networks, Transition(*rows), double)
+        loss = (there(sample.weights, device).to(errors.dtype) * huber(errors)).mean()
     flat.gradients.zero_()
     loss.backward()
-    norm = flat.clip(limit)
     absolute = errors.detach().abs()
-    metrics = {"loss": loss.item(), "td_error_mean": absolute.mean().item(), "gradient_norm": norm}
-    return absolute.numpy(), metrics
+    metrics = {"loss": loss.item(), "td_error_mean": absolute.mean().item()}
+    if limit is not None:
+        metrics["gradient_norm"] = flat.clip(limit)
+    return absolute.cpu().numpy(), metrics
 
 
 def epsilon_greedy(

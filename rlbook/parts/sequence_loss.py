@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rlbook.maths.losses import huber, masked_mean
 from rlbook.maths.priorities import sequence_priority
 from rlbook.maths.rescaling import rescaled_n_step_returns
+from rlbook.parts.on_device import there
 from rlbook.parts.replay import Sample
 from rlbook.parts.sequences import Sequence, as_tensors, read_again
 
@@ -68,12 +69,12 @@ def sequence_loss(
         config: as `td_errors` wants it, with `state_init` ("stored" or "zero"), `priority_mix`.
     """
     device, stored = next(online.parameters()).device, config.state_init == "stored"
-    batch = Sequence(*(column.to(device) for column in as_tensors(sample.items)))
+    batch = Sequence(*(there(column, device) for column in as_tensors(sample.items)))
     q = read_again(online, batch, burn_in=config.burn_in_length, stored=stored)
     with torch.no_grad():
         q_target = read_again(target, batch, burn_in=config.burn_in_length, stored=stored)
     errors, valid = td_errors(q, q_target, batch, config), learnt(batch, config)
-    weights = torch.from_numpy(np.require(sample.weights, None, "W")).to(errors)
+    weights = there(sample.weights, device).to(errors)
     loss = masked_mean(weights * huber(errors), valid)
     error = masked_mean(errors.detach().abs(), valid).item()
     return loss, priority(errors, batch, config), {"loss": loss.item(), "td_error_mean": error}

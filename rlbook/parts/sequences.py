@@ -208,7 +208,7 @@ def first_rows(valid: Tensor) -> Tensor:
 
     Never row 0: what comes before it is the stored state, which is zero at an episode's beginning.
     """
-    begins = torch.zeros(len(valid) + 1, *valid.shape[1:], dtype=torch.bool)
+    begins = valid.new_zeros(len(valid) + 1, *valid.shape[1:], dtype=torch.bool)
     begins[1:-1] = valid[1:] & ~valid[:-1]
     return begins
 
