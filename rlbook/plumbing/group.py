@@ -13,8 +13,7 @@ meet anew.
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -26,27 +25,13 @@ from rlbook.parts.meter import Meter
 from rlbook.plumbing.param_server import Alive
 from rlbook.plumbing.runtime import ActorDiedError
 from rlbook.plumbing.shared import SharedArrays
+from rlbook.plumbing.together import AWAKE_S, broken_if_it_fails
+from rlbook.plumbing.together import GroupBroken as GroupBroken
 
 Held = TypeVar("Held")
 
-AWAKE_S = 0.02
-"""Who waits longer for a sum sleeps, and leaves its core to those it waits for."""
-
 SMOOTHING = 0.5
 """Weight of the newest measurement of a worker's speed."""
-
-
-class GroupBroken(RuntimeError):
-    """Somebody of the group died or did not come: its sums are worth nothing."""
-
-
-@contextmanager
-def broken_if_it_fails() -> Iterator[None]:
-    """Within, an error of `torch.distributed` is a `GroupBroken`."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise GroupBroken(str(error)) from error
 
 
 def _finish(work: Any) -> None:
