@@ -2,12 +2,14 @@
 
     loop's thread                                    learner's thread (the driver's)
     join(hello) · rows(place, …) · leave(worker)     take(n) ─► the oldest finished unrolls
-      │ observe; a finished unroll ──► queue ──────►   (waits)
+      │ observe                                        (waits)
       │ wait for a batch, or for the time-out        release(places, weights)
-      └ act ──► reply(place, actions)    ◄───────────┘ who was held goes on
+      ├ act ──► reply(place, actions)    ◄───────────┘ who was held goes on
+      └ settle: a finished unroll ──► queue ─────►
 
 Back-pressure: a slot whose `unrolls_in_flight` unrolls are finished and not taken gets no actions.
-With `update_rule` "sync" it gets none before the update is made that its unroll went into. All but
+With `update_rule` "sync" it gets none before the update is made that its unroll went into. Workers
+wait for answers, so these go first, and the books are kept when they are on their way. All but
 `take` runs in the thread of the loop, so that nothing is locked; new parameters are an attribute
 that the other thread sets and this one copies before it next acts.
 """
@@ -22,7 +24,7 @@ import numpy as np
 
 from rlbook.data import EnvOutput, Unroll, tree_nbytes
 from rlbook.parts.envs import Episode
-from rlbook.plumbing.inference import Inference, Request, Waiting, Who
+from rlbook.plumbing.inference import Inference, Request, Slot, Waiting, Who
 from rlbook.plumbing.learner_group import Vector
 from rlbook.plumbing.timeline import KEPT, Timeline
 from rlbook.plumbing.transport import ACTION, Introduction, Refused, invalid
@@ -136,12 +138,27 @@ class Peer:
 
     def __init__(self, said: Introduction, reply: Reply) -> None:
         self.said, self.reply = said, reply
+        first = said.worker * said.groups
+        self.who = [Who(first + group, said.run_id) for group in range(said.groups)]
+        """Of each group."""
         self.lane: int = 0
         """In the timeline."""
         self.owed: set[int] = set()
         """Groups whose rows wait for actions."""
         self.episodes: dict[int, list[Episode]] = {}
         """Ended in a group's unroll so far."""
+
+
+class Seen(NamedTuple):
+    """A row that was answered or waits, and is not in the books."""
+
+    peer: Peer
+    group: int
+    episodes: list[Episode]
+    begun: float
+    """The step to it. Seconds."""
+    ended: float
+    slot: Slot
 
 
 class Central:
@@ -175,6 +192,9 @@ class Central:
         self.finished: queue.SimpleQueue[Finished] = finished or queue.SimpleQueue()
         self.batches = Batches()
         self.timeline = Timeline()
+        self._seen: list[Seen] = []
+        self._acted: list[tuple[int, float, float]] = []
+        """Rows of a forward pass, its beginning and its end."""
         self._held: dict[int, Request] = {}
         self._untaken: Counter[int] = Counter()
         self._newest: Vector | None = None
@@ -208,8 +228,8 @@ class Central:
     def rows(
         self, peer: Peer, group: int, row: EnvOutput, episodes: list[Episode], env_s: float = 0.0
     ) -> None:
-        """Takes in a row that took so long to make; acts if there is a batch now. `Refused` if it
-        was not this one's turn.
+        """Takes in a row that took so long to make; acts if there is a batch now. To be settled
+        when the answers are on their way. `Refused` if it was not this one's turn.
         """
         said = peer.said
         if self.peers.get(said.worker) is not peer:
@@ -217,17 +237,29 @@ class Central:
         if group >= said.groups or group in peer.owed:
             invalid(f"group {group}: there is none, or it did not wait for its actions")
         peer.owed.add(group)
-        who, now = Who(said.worker * said.groups + group, said.run_id), time.monotonic()
-        if env_s:
-            self.timeline.add(peer.lane, self._step, now - env_s, now)
-        peer.episodes.setdefault(group, []).extend(episodes)
-        unroll = self.inference.observe_first(who, row)
-        if unroll is not None:
+        who, now = peer.who[group], time.monotonic()
+        slot = self.inference.observe_first(who, row)
+        if slot.ends:
             self._untaken[who.place] += 1
-            ended = peer.episodes.pop(group)
-            self.soon(lambda: self._finish(who.place, unroll(), ended))  # after the answer
+        self._seen.append(Seen(peer, group, episodes, now - env_s, now, slot))
         self._queue(Request(who, said.copies, now, (peer, group)))
         self.serve(now)
+
+    def settle(self) -> None:
+        """Keeps the books of all that was answered: unrolls, episodes, the timeline."""
+        seen, self._seen = self._seen, []
+        for peer, group, episodes, begun, ended, slot in seen:
+            if begun < ended:
+                self.timeline.add(peer.lane, self._step, begun, ended)
+            peer.episodes.setdefault(group, []).extend(episodes)
+            if (unroll := slot.keep()) is not None:
+                self._finish(slot.place, unroll, peer.episodes.pop(group))
+        acted, self._acted = self._acted, []
+        for rows, begun, ended in acted:
+            self.batches.add(rows)
+            self.timeline.add(*self._lane, begun, ended)
+        if len(self.timeline) > 10 * KEPT:
+            self.timeline.forget(5 * KEPT)
 
     def serve(self, now: float) -> float | None:
         """Acts for all batches that are due; seconds until the next will be, if time decides."""
@@ -238,13 +270,15 @@ class Central:
                 self._acting = newest
             batch, begun = self.waiting.take(), time.monotonic()
             actions = self.inference.act([request.who.place for request in batch])
-            self._note(sum(request.rows for request in batch), begun)
+            rows = sum(request.rows for request in batch)
+            self._acted.append((rows, begun, time.monotonic()))
             for request, action in zip(batch, actions, strict=True):
                 self._answer(request, action)
         return due_in
 
     def leave(self, peer: Peer) -> None:
         """A worker's stream has ended: its slots are free, unless it rests."""
+        self.settle()
         said = peer.said
         if self.peers.get(said.worker) is not peer:
             return
@@ -283,12 +317,6 @@ class Central:
         report = report_of(unroll, episodes)
         report.metrics.update(self.batches.metrics())
         self.finished.put(Finished(place, unroll.version, unroll, report))
-
-    def _note(self, rows: int, begun: float) -> None:
-        self.batches.add(rows)
-        self.timeline.add(*self._lane, begun, time.monotonic())
-        if len(self.timeline) > 10 * KEPT:
-            self.timeline.forget(5 * KEPT)
 
     def _release(self, places: list[int]) -> None:
         self._untaken.subtract(places)

@@ -1,8 +1,8 @@
 """A server that acts for workers without a network, and puts their unrolls together.
 
-    rows of slot 3 ──► observe ──► the slot's rows: … x_{T-1} x_T   ─ T + 1 of them ─► Unroll
-                          │                                 └ row 0 of the next
-                          ▼
+    row of slot 3 ──► observe ──► keep ──► the slot's rows: … x_{T-1} x_T  ─ T + 1 of them ─► Unroll
+                         │      (later)                              └ row 0 of the next
+                         ▼
     Waiting: until there are enough rows, or the oldest has waited long enough
                           │
                           ▼
@@ -16,7 +16,6 @@ what comes and goes is observations and actions. How they travel is not known he
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -108,54 +107,90 @@ class Waiting:
 
 
 class Slot:
-    """What is known of one group of copies."""
+    """What is known of one group of copies.
 
-    def __init__(self, run_id: int, rng: np.random.Generator, state: Any, said: Any) -> None:
-        self.run_id, self.rng, self.state = run_id, rng, state
-        self._said = said
+    Args:
+        who: of its worker's life.
+        rng: of its draws.
+        state: recurrent, before its first row; or None.
+        said: type of what the agent says.
+        unroll_length: T.
+    """
+
+    def __init__(
+        self, who: Who, rng: np.random.Generator, state: Any, said: Any, unroll_length: int
+    ) -> None:
+        self.place, self.run_id = who
+        self.rng, self.state = rng, state
+        self._said, self._length = said, unroll_length
         self.begun_with = state
         """The state before row 0."""
-        self.rows: list[EnvOutput] = []
+        self.row: EnvOutput | None = None
+        """The last one, to act upon."""
+        self.count = 0
+        """Rows of the unroll so far."""
         self.said: list[Any] = []
         self.versions: list[int] = []
         """Of the parameters that said it."""
         self.begins = True
         """No unroll of this slot is finished yet."""
+        self._written: EnvOutput | None = None
+        """Rows `[T + 1, B]`, those that are kept."""
+        self._ended: Any = None
 
     @property
     def answered(self) -> bool:
         """Whether all its rows were acted upon."""
-        return len(self.said) == len(self.rows)
+        return len(self.said) == self.count
 
-    def observe(self, row: EnvOutput, unroll_length: int) -> Callable[[], Unroll] | None:
-        """Adds a row; what puts the unroll together, if it ends with this row."""
-        if not self.answered:  # said again, after a rest
-            self.rows[-1] = row
-            return None
-        self.rows.append(row)
-        if len(self.rows) <= unroll_length:
-            return None
-        ended = self.rows, self.said, self.begun_with, self.versions, self.begins
-        self.rows, self.said, self.versions, self.begun_with = [row], [], [], self.state
-        self.begins = False
-        return partial(self._unroll, *ended)
+    @property
+    def ends(self) -> bool:
+        """Whether an unroll ends with the last row, and that is not kept yet."""
+        return self._ended is not None
 
-    def _unroll(self, rows: Any, said: Any, state: Any, versions: Any, begins: bool) -> Unroll:
-        return Unroll(
-            EnvOutput(*(np.stack(column) for column in zip(*rows, strict=True))),
-            self._said(*(np.stack(column) for column in zip(*said, strict=True))),
-            state,
-            version=np.array(versions),  # type: ignore[arg-type]
-            begins=begins,
-        )
+    def observe(self, row: EnvOutput) -> None:
+        """Takes in a row to act upon, instead of the last one if that was not acted upon: it is
+        said again, after a rest.
+        """
+        if self.answered:
+            self.count += 1
+        self.row = row
+        if self.count > self._length:
+            self._ended = self.said, self.begun_with, self.versions, self.begins
+            self.said, self.versions, self.begun_with = [], [], self.state
+            self.begins, self.count = False, 1
+
+    def keep(self) -> Unroll | None:
+        """Writes the row down; the unroll that ends with it, if one does."""
+        assert self.row is not None
+        unroll, ended, self._ended = None, self._ended, None
+        if ended is not None:
+            assert self._written is not None
+            _write(self._written, self._length, self.row)
+            said, state, versions, begins = ended
+            unroll = Unroll(
+                self._written,
+                self._said(*(np.stack(column) for column in zip(*said, strict=True))),
+                state,
+                actor=self.place,
+                version=np.array(versions),  # type: ignore[arg-type]
+                begins=begins,
+            )
+        if unroll is not None or self._written is None:
+            self._written = EnvOutput(
+                *[np.empty((self._length + 1, *np.shape(x)), np.asarray(x).dtype) for x in self.row]
+            )
+        _write(self._written, self.count - 1, self.row)
+        return unroll
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, as plain values and arrays."""
+        rows = [column[: self.count].copy() for column in self._written or ()]
         return {
             "run_id": self.run_id,
             "rng": self.rng.bit_generator.state,
             "states": [self.state, self.begun_with],
-            "rows": [tuple(row) for row in self.rows],
+            "rows": rows,
             "said": [tuple(one) for one in self.said],
             "versions": list(self.versions),
             "begins": self.begins,
@@ -168,9 +203,17 @@ class Slot:
         self.state, self.begun_with = (
             None if kept is None else tuple(map(np.asarray, kept)) for kept in state["states"]
         )
-        self.rows = [EnvOutput(*row) for row in state["rows"]]
+        self.count, self._written, self._ended = 0, None, None
+        rows = [EnvOutput(*row) for row in zip(*state["rows"], strict=True)]
+        for self.count, self.row in enumerate(rows, 1):
+            self.keep()
         self.said = [self._said(*one) for one in state["said"]]
         self.versions, self.begins = list(state["versions"]), state["begins"]
+
+
+def _write(rows: EnvOutput, index: int, row: EnvOutput) -> None:
+    for column, values in zip(rows, row, strict=True):
+        column[index] = values
 
 
 class Inference(Alive):
@@ -207,32 +250,33 @@ class Inference(Alive):
 
         A row that was not acted upon may be said again. With a new `run_id` it is the first.
         """
-        later = self.observe_first(who, row)
-        return None if later is None else later()
+        return self.observe_first(who, row).keep()
 
-    def observe_first(self, who: Who, row: EnvOutput) -> Callable[[], Unroll] | None:
-        """The same, for who answers first and puts the unroll together after that."""
+    def observe_first(self, who: Who, row: EnvOutput) -> Slot:
+        """The same for who answers first, and has the slot keep the row after that."""
         slot = self.slots.get(who.place)
         if slot is None or slot.run_id != who.run_id:
             rng = np.random.default_rng([self.seed(who.place, who.run_id), 1])
-            state = self.agent.initial_state(len(row.first))
-            slot = Slot(who.run_id, rng, state, self.agent.said)
-            self.slots[who.place] = slot
-        later = slot.observe(row, self.unroll_length)
-        return None if later is None else lambda: later()._replace(actor=who.place)
+            state, said = self.agent.initial_state(len(row.first)), self.agent.said
+            slot = self.slots[who.place] = Slot(who, rng, state, said, self.unroll_length)
+        slot.observe(row)
+        return slot
 
     def act(self, places: Sequence[int]) -> list[np.ndarray]:
         """Acts upon the last rows of these places: actions `[B]` for each."""
         slots = [self.slots[place] for place in places]
-        counts = [len(slot.rows[-1].first) for slot in slots]
-        draws = list(zip([slot.rng for slot in slots], counts, places, strict=True))
         if len(slots) == 1:
-            (slot,), row = slots, slots[0].rows[-1]
+            (slot,), row = slots, slots[0].row
+            assert row is not None
+            draws = [(slot.rng, len(row.first), places[0])]
             output, slot.state = self.agent.act(row.observation, row.first, slot.state, draws)
             self._note(slot, output)
             return [output.action]
-        seen = np.concatenate([slot.rows[-1].observation for slot in slots])
-        first = np.concatenate([slot.rows[-1].first for slot in slots])
+        rows: list[Any] = [slot.row for slot in slots]
+        counts = [len(row.first) for row in rows]
+        draws = list(zip([slot.rng for slot in slots], counts, places, strict=True))
+        seen = np.concatenate([row.observation for row in rows])
+        first = np.concatenate([row.first for row in rows])
         output, state = self.agent.act(seen, first, _together([s.state for s in slots]), draws)
         end = 0
         for slot, count in zip(slots, counts, strict=True):
@@ -257,7 +301,8 @@ class Inference(Alive):
         self.load(Vector(state["version"], state["parameters"]))
         self.slots = {}
         for place, kept in state["slots"]:
-            slot = self.slots[place] = Slot(0, np.random.default_rng(0), None, self.agent.said)
+            rng, said = np.random.default_rng(0), self.agent.said
+            slot = self.slots[place] = Slot(Who(place, 0), rng, None, said, self.unroll_length)
             slot.load_state_dict(kept)
 
     def _note(self, slot: Slot, output: Any) -> None:

@@ -320,6 +320,7 @@ class StreamServer:
                 line.inline = False
             if line.outbox:
                 await line.flush()
+            central.settle()
             self._set_timer()
 
     def _set_timer(self) -> None:

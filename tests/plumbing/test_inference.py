@@ -145,7 +145,7 @@ def test_a_row_that_was_not_acted_upon_may_be_said_again():
         inference.act([0])
     assert inference.observe(Who(0, 0), row(2)) is not None
     assert inference.observe(Who(0, 0), row(2)) is None
-    assert len(inference.slots[0].rows) == 1
+    assert inference.slots[0].count == 1
     inference.act([0])
     inference.observe(Who(0, 0), row(3))
     inference.act([0])
