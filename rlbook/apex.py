@@ -34,11 +34,10 @@ import numpy as np
 import torch
 
 from rlbook.data import Transition, tree_nbytes
-from rlbook.harness.config import RunConfig, above, at_least, at_most, one_of, within
+from rlbook.harness.config import RunConfig, above, at_least, at_most, within
 from rlbook.harness.doctor import require_memory
 from rlbook.harness.run import Result, Run
 from rlbook.maths.exploration import epsilon_ladder
-from rlbook.maths.priorities import importance_weights
 from rlbook.parts.envs import Envs, make_envs, require_discrete
 from rlbook.parts.flat import Flat
 from rlbook.parts.meter import Meter
@@ -47,6 +46,7 @@ from rlbook.parts.networks import GreedyPolicy, LivePolicy, QNetwork, action_val
 from rlbook.parts.numpy_mlp import numpy_action_values
 from rlbook.parts.optim import RMSProp
 from rlbook.parts.q_learning import epsilon_greedy, td_gradient
+from rlbook.parts.replay import weighed
 from rlbook.plumbing.cluster import own_runtime
 from rlbook.plumbing.learner_group import Vector
 from rlbook.plumbing.memory_shard import (
@@ -60,7 +60,12 @@ from rlbook.plumbing.memory_shard import (
 from rlbook.plumbing.param_server import Alive
 from rlbook.plumbing.replay_books import Report, book
 from rlbook.plumbing.replay_flow import ReplayFlow, Turn, remote_flow
-from rlbook.plumbing.replay_learner import ReplayLearner
+from rlbook.plumbing.replay_learner import (
+    Found,
+    LearnerFields,
+    ReplayLearner,
+    on_its_device,
+)
 from rlbook.plumbing.replay_place import opened
 from rlbook.plumbing.replay_server import Replay
 from rlbook.plumbing.runtime import Runtime
@@ -68,7 +73,7 @@ from rlbook.plumbing.team import place_seed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
+class Config(LearnerFields, RunConfig):
     """Settings; the defaults solve CartPole-v1 in some seconds of training."""
 
     num_actors: int = 2
@@ -142,11 +147,7 @@ class Config(RunConfig):
     def __post_init__(self) -> None:
         """Refuses bad values."""
         super().__post_init__()
-        one_of(self, "replay", ("shards", "redis"))
-        one_of(self, "weight_normalization", ("batch", "buffer"))
-        one_of(self, "update_rule", ("async", "sync"))
-        one_of(self, "optimizer", ("adam", "rmsprop"))
-        one_of(self, "runtime", ("ray", "virtual"))
+        self.check_learners()
         at_least(self, 1, "num_actors", "unroll_length", "num_replays", "replay_capacity")
         at_least(self, 1, "learning_starts", "batch_size", "updates_per_call", "calls_in_flight")
         at_least(self, 1, "broadcast_period", "target_period", "n_step")
@@ -301,33 +302,31 @@ class Actor(Alive):
 class Learner(ReplayLearner):
     """Fits the online network to targets that the target network makes."""
 
-    def __init__(self, config: Config, metered: bool = False, memory: Memory | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        rank: int = 0,
+        metered: bool = False,
+        memory: Memory | None = None,
+    ) -> None:
         torch.set_num_threads(config.torch_threads)
         envs = make_envs(config.env_id, 1, config.seed)
-        self.online, self.target = make_network(config, envs), make_network(config, envs)
+        self.online = on_its_device(make_network(config, envs), config, rank)
+        self.target = on_its_device(make_network(config, envs), config, rank)
         flat, flat_target = Flat(self.online), Flat(self.target)
-        super().__init__(flat, flat_target, make_optimizer(config, flat), config, metered, memory)
+        parts = flat, flat_target, make_optimizer(config, flat)
+        super().__init__(*parts, config, rank, metered, memory)
 
-    def update(self, batch: Part) -> tuple[np.ndarray, dict[str, float]]:
-        """One step of the optimiser on a batch: (new priorities `[N]`, metrics)."""
+    def gradient(self, batch: Part) -> Found:
+        """Of the mean of weighted losses of a batch; a row's priority is its |TD error|."""
         config, sample = self.config, batch.sample
         assert sample is not None
-        weights = np.ones(len(sample.keys))
-        if config.prioritized:
-            weights = importance_weights(
-                sample.probabilities,
-                size=batch.size,
-                exponent=config.importance_exponent,
-                smallest=batch.smallest if config.finds_smallest else None,
-            )
-        sample = sample._replace(weights=weights.astype(np.float32))
-        networks, limit = (self.online, self.target), config.max_gradient_norm
-        absolute, metrics = td_gradient(self.flat, networks, sample, config.double, limit)
-        self.optimizer.step()
-        self.updates += 1
-        if self.updates % config.target_period == 0:
-            self.flat_target.vector.copy_(self.flat.vector)
-        return absolute + SMALLEST_PRIORITY, metrics
+        exponent = config.importance_exponent if config.prioritized else 0.0
+        size, least = batch.size, batch.smallest
+        sample = weighed(sample, size=size, exponent=exponent, smallest=least)
+        networks, double = (self.online, self.target), config.double
+        found = td_gradient(self.flat, networks, sample, double, cast=self.cast())
+        return Found(found[0] + SMALLEST_PRIORITY, len(found[0]), found[1])
 
 
 def turn(flow: ReplayFlow) -> Turn:
@@ -430,7 +429,7 @@ def train(config: Config, runtime: Runtime | None = None, memory: Memory | None 
             run; by default a server is started for the run.
     """
     torch.set_num_threads(config.torch_threads)
-    own = own_runtime(config, config.num_actors + config.num_replays + 1, COSTS)
+    own = own_runtime(config, config.num_actors + config.num_replays + config.num_learners, COSTS)
     with (
         own if runtime is None else nullcontext(runtime) as rt,
         open_replay(rt, config, memory) as replay,

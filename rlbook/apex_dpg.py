@@ -28,11 +28,10 @@ import numpy as np
 import torch
 
 from rlbook.data import Transition, tree_nbytes
-from rlbook.harness.config import RunConfig, above, at_least, at_most, one_of, within
+from rlbook.harness.config import RunConfig, above, at_least, at_most, within
 from rlbook.harness.doctor import require_memory
 from rlbook.harness.run import Result, Run
 from rlbook.maths.exploration import epsilon_ladder
-from rlbook.maths.priorities import importance_weights
 from rlbook.parts.deterministic import (
     ActionTrail,
     DeterministicNetwork,
@@ -45,13 +44,19 @@ from rlbook.parts.envs import Envs, make_envs
 from rlbook.parts.flat import Flat
 from rlbook.parts.meter import Meter
 from rlbook.parts.networks import LivePolicy
+from rlbook.parts.replay import weighed
 from rlbook.plumbing.cluster import own_runtime
 from rlbook.plumbing.learner_group import Vector
 from rlbook.plumbing.memory_shard import Made, Memory, MemorySettings, MemoryShard, Part, handed_on
 from rlbook.plumbing.param_server import Alive
 from rlbook.plumbing.replay_books import Report, book
 from rlbook.plumbing.replay_flow import ReplayFlow, Turn, remote_flow
-from rlbook.plumbing.replay_learner import ReplayLearner
+from rlbook.plumbing.replay_learner import (
+    Found,
+    LearnerFields,
+    ReplayLearner,
+    on_its_device,
+)
 from rlbook.plumbing.replay_place import opened
 from rlbook.plumbing.replay_server import Replay
 from rlbook.plumbing.runtime import Runtime
@@ -59,7 +64,7 @@ from rlbook.plumbing.team import place_seed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
+class Config(LearnerFields, RunConfig):
     """Settings; the defaults swing Pendulum-v1 up. Those that `apex` has mean the same there."""
 
     env_id: str = "Pendulum-v1"
@@ -126,9 +131,7 @@ class Config(RunConfig):
     def __post_init__(self) -> None:
         """Refuses bad values."""
         super().__post_init__()
-        one_of(self, "replay", ("shards", "redis"))
-        one_of(self, "update_rule", ("async", "sync"))
-        one_of(self, "runtime", ("ray", "virtual"))
+        self.check_learners()
         at_least(self, 1, "num_actors", "unroll_length", "num_replays", "replay_capacity")
         at_least(self, 1, "learning_starts", "batch_size", "updates_per_call", "calls_in_flight")
         at_least(self, 1, "broadcast_period", "target_period", "n_step")
@@ -249,30 +252,30 @@ class Actor(Alive):
 class Learner(ReplayLearner):
     """Fits the critic to targets that the target networks make; the policy climbs the critic."""
 
-    def __init__(self, config: Config, metered: bool = False, memory: Memory | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        rank: int = 0,
+        metered: bool = False,
+        memory: Memory | None = None,
+    ) -> None:
         torch.set_num_threads(config.torch_threads)
         envs = make_envs(config.env_id, 1, config.seed)
-        self.networks = make_network(config, envs), make_network(config, envs)
+        networks = make_network(config, envs), make_network(config, envs)
+        self.networks = tuple(on_its_device(network, config, rank) for network in networks)
         flat, flat_target = map(Flat, self.networks)
         optimizer = torch.optim.Adam([flat.vector], lr=config.learning_rate)
-        super().__init__(flat, flat_target, optimizer, config, metered, memory)
+        super().__init__(flat, flat_target, optimizer, config, rank, metered, memory)
 
-    def update(self, batch: Part) -> tuple[np.ndarray, dict[str, float]]:
-        """One step of the optimiser on a batch: (new priorities `[N]`, metrics)."""
+    def gradient(self, batch: Part) -> Found:
+        """Of both losses of a batch; a row's priority is the critic's |TD error|."""
         config, sample = self.config, batch.sample
         assert sample is not None
-        weights = np.ones(len(sample.keys))
-        if config.prioritized:
-            exponent = config.importance_exponent
-            weights = importance_weights(sample.probabilities, size=batch.size, exponent=exponent)
-        sample = sample._replace(weights=weights.astype(np.float32))
-        limit = config.max_gradient_norm
-        absolute, metrics = dpg_gradient(self.flat, self.networks, sample, limit)
-        self.optimizer.step()
-        self.updates += 1
-        if self.updates % config.target_period == 0:
-            self.flat_target.vector.copy_(self.flat.vector)
-        return absolute + SMALLEST_PRIORITY, metrics
+        exponent = config.importance_exponent if config.prioritized else 0.0
+        size, least = batch.size, batch.smallest
+        sample = weighed(sample, size=size, exponent=exponent, smallest=least)
+        found = dpg_gradient(self.flat, self.networks, sample, cast=self.cast())
+        return Found(found[0] + SMALLEST_PRIORITY, len(found[0]), found[1])
 
 
 def turn(flow: ReplayFlow) -> Turn:
@@ -361,7 +364,7 @@ def train(config: Config, runtime: Runtime | None = None, memory: Memory | None 
     if memory is None:
         capacity, size = config.replay_capacity, item_bytes(config)
         require_memory("replay_capacity", capacity, size, f"of {config.env_id}")
-    own = own_runtime(config, config.num_actors + config.num_replays + 1, COSTS)
+    own = own_runtime(config, config.num_actors + config.num_replays + config.num_learners, COSTS)
     with (
         own if runtime is None else nullcontext(runtime) as rt,
         opened(rt, config, config.memory_settings, example(config), memory) as replay,

@@ -36,16 +36,16 @@ import numpy as np
 import torch
 
 from rlbook.data import tree_nbytes
-from rlbook.harness.config import RunConfig, above, at_least, at_most, one_of, within
+from rlbook.harness.config import RunConfig, above, at_least, at_most, within
 from rlbook.harness.doctor import require_memory
 from rlbook.harness.run import Result, Run
 from rlbook.maths.exploration import epsilon_ladder
-from rlbook.maths.priorities import importance_weights
 from rlbook.parts.envs import Envs, make_envs, require_discrete
 from rlbook.parts.flat import Flat
 from rlbook.parts.meter import Meter
 from rlbook.parts.networks import LivePolicy
 from rlbook.parts.recurrent_q import make_q_network, q_policy
+from rlbook.parts.replay import weighed
 from rlbook.parts.sequence_loss import learnt as learnt
 from rlbook.parts.sequence_loss import priority, td_errors
 from rlbook.parts.sequence_loss import sequence_loss as loss_function
@@ -56,14 +56,19 @@ from rlbook.plumbing.memory_shard import Made, MemorySettings, MemoryShard, Part
 from rlbook.plumbing.param_server import Bundle
 from rlbook.plumbing.replay_books import Report, book
 from rlbook.plumbing.replay_flow import ReplayFlow, Turn, remote_flow
-from rlbook.plumbing.replay_learner import ReplayLearner
+from rlbook.plumbing.replay_learner import (
+    Found,
+    LearnerFields,
+    ReplayLearner,
+    on_its_device,
+)
 from rlbook.plumbing.replay_server import Replay, ShardedReplay
 from rlbook.plumbing.runtime import Runtime
 from rlbook.plumbing.team import place_seed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
+class Config(LearnerFields, RunConfig):
     """Settings; the defaults solve the memory task, which no agent without memory can."""
 
     env_id: str = "rlbook/Memory-v0"
@@ -143,9 +148,7 @@ class Config(RunConfig):
     def __post_init__(self) -> None:
         """Refuses bad values."""
         super().__post_init__()
-        one_of(self, "state_init", ("stored", "zero"))
-        one_of(self, "update_rule", ("async", "sync"))
-        one_of(self, "runtime", ("ray", "virtual"))
+        self.check_learners()
         at_least(self, 1, "num_actors", "sequence_length", "unroll_length")
         at_least(self, 1, "n_step", "batch_size", "updates_per_call", "calls_in_flight")
         at_least(self, 1, "broadcast_period", "num_replays", "learning_starts", "target_period")
@@ -274,29 +277,26 @@ class Actor(Bundle):
 class Learner(ReplayLearner):
     """Fits the online network to sequences; the target network follows now and then."""
 
-    def __init__(self, config: Config, metered: bool = False) -> None:
+    def __init__(self, config: Config, rank: int = 0, metered: bool = False) -> None:
         torch.set_num_threads(config.torch_threads)
-        self.online, self.target = make_network(config), make_network(config)
+        self.online = on_its_device(make_network(config), config, rank)
+        self.target = on_its_device(make_network(config), config, rank)
         flat, rate = Flat(self.online), config.learning_rate
         optimizer = torch.optim.Adam([flat.vector], lr=rate, eps=config.optimizer_epsilon)
-        super().__init__(flat, Flat(self.target), optimizer, config, metered)
+        super().__init__(flat, Flat(self.target), optimizer, config, rank, metered)
 
-    def update(self, batch: Part) -> tuple[np.ndarray, dict[str, float]]:
-        """One step of the optimiser on a batch: (the sequences' new priorities `[N]`, metrics)."""
+    def gradient(self, batch: Part) -> Found:
+        """Of the loss of a batch: a mean over valid steps; and its sequences' priorities."""
         config, sample = self.config, batch.sample
         assert sample is not None
-        exponent = config.importance_exponent
-        weights = importance_weights(sample.probabilities, size=batch.size, exponent=exponent)
-        sample = sample._replace(weights=weights.astype(np.float32))
-        loss, priorities, metrics = loss_function(self.online, self.target, sample, config)
+        size, beta, least = batch.size, config.importance_exponent, batch.smallest
+        sample = weighed(sample, size=size, exponent=beta, smallest=least)
+        with self.cast():
+            loss, *found = loss_function(self.online, self.target, sample, config)
         self.flat.gradients.zero_()
         loss.backward()
-        norm = self.flat.clip(config.max_gradient_norm)
-        self.optimizer.step()
-        self.updates += 1
-        if self.updates % config.target_period == 0:
-            self.flat_target.vector.copy_(self.flat.vector)
-        return priorities, {**metrics, "gradient_norm": norm}
+        steps = sample.items.valid[:, config.burn_in_length :][:, : config.sequence_length]
+        return Found(found[0], float(steps.sum()), found[1])
 
 
 def turn(flow: ReplayFlow) -> Turn:
@@ -390,7 +390,7 @@ def train(config: Config, runtime: Runtime | None = None) -> Result:
         runtime: an open one to run on; by default one of its own, as `config` says.
     """
     torch.set_num_threads(config.torch_threads)
-    own = own_runtime(config, config.num_actors + config.num_replays + 1, COSTS)
+    own = own_runtime(config, config.num_actors + config.num_replays + config.num_learners, COSTS)
     with own if runtime is None else nullcontext(runtime) as rt:
         vector = Flat(network := make_network(config)).vector.numpy()
         flow = make_flow(rt, config, vector)

@@ -260,9 +260,9 @@ def test_weights_enter_the_loss(normalization):
     given = []
     gradient = apex.td_gradient
 
-    def watching(flat, networks, sample, *rest):
+    def watching(flat, networks, sample, *rest, **more):
         given.append(sample.weights)
-        return gradient(flat, networks, sample, *rest)
+        return gradient(flat, networks, sample, *rest, **more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(apex, "td_gradient", watching)

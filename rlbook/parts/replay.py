@@ -40,6 +40,24 @@ class Sample(NamedTuple, Generic[ItemsT]):
     """float32 `[batch_size]`, importance weights (N P(i))^-β over their maximum in the batch."""
 
 
+def weighed(
+    sample: Sample[ItemsT], *, size: int, exponent: float, smallest: float = 0.0
+) -> Sample[ItemsT]:
+    """A sample with its importance weights, over the largest (see `importance_weights`).
+
+    Args:
+        sample: with the probabilities of its rows.
+        size: items that could have been drawn.
+        exponent: β >= 0; 0 gives all rows the weight 1.
+        smallest: the probability of which the weight is 1: the least of a whole batch of which
+            this is a part, or of the whole memory; 0 for the least in the sample.
+    """
+    weights = importance_weights(
+        sample.probabilities, size=size, exponent=exponent, smallest=smallest or None
+    )
+    return sample._replace(weights=weights.astype(np.float32))
+
+
 class UniformReplay(Generic[ItemsT]):
     """Items drawn alike, with replacement (DQN, Mnih et al. 2015)."""
 

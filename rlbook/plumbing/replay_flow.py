@@ -20,10 +20,10 @@ import numpy as np
 from rlbook.plumbing.deeds import StandIn
 from rlbook.plumbing.fleet import Fleet
 from rlbook.plumbing.learner_group import Vector
-from rlbook.plumbing.param_server import alive
 from rlbook.plumbing.rate_limiter import RateLimiter
+from rlbook.plumbing.replay_group import ReplayGroup
 from rlbook.plumbing.replay_server import Draw, Replay
-from rlbook.plumbing.runtime import ActorDiedError, RayRuntime, Reference, Runtime
+from rlbook.plumbing.runtime import RayRuntime, Reference, Runtime
 
 
 class Chunk(NamedTuple):
@@ -64,13 +64,12 @@ class Turn(NamedTuple):
 
 
 class ReplayFlow:
-    """References between a fleet, a replay memory and a learner.
+    """References between a fleet, a replay memory and learners.
 
     Args:
         runtime: where they live.
         actors: answer (report, made) to (weights).
-        learner: answers (metrics, weights, priorities for each part …) to ``learn(*parts)``; has
-            ``newest()``, ``alive()``, ``state_dict()`` and ``load_state_dict()``.
+        learners: `ReplayLearner`s.
         replay: where experience goes.
         limiter: says who may start.
         chunk_rows: rows that a chunk counts as for the limiter.
@@ -84,19 +83,15 @@ class ReplayFlow:
         self,
         runtime: Runtime,
         actors: Fleet,
-        learner: Any,
+        learners: ReplayGroup,
         replay: Replay,
         limiter: RateLimiter,
         chunk_rows: float,
         config: Any,
     ) -> None:
-        self.runtime, self.actors, self.learner = runtime, actors, learner
-        self.replay, self.limiter, self.chunk_rows, self.config = (
-            replay,
-            limiter,
-            chunk_rows,
-            config,
-        )
+        self.runtime, self.actors, self.learners = runtime, actors, learners
+        self.replay, self.limiter = replay, limiter
+        self.chunk_rows, self.config = chunk_rows, config
         self.waits = config.update_rule == "sync"
         self.rows = config.batch_size * config.updates_per_call
         """Of a draw."""
@@ -110,7 +105,7 @@ class ReplayFlow:
         self.version = 0
         """Updates that made `weights`."""
         actors.settle()
-        runtime.get(learner.alive.remote())
+        learners.settle()
         replay.mend()
         self._begin()
 
@@ -121,12 +116,11 @@ class ReplayFlow:
         return self.limiter.may_draw(self.rows, len(self.replay))
 
     def learn(self) -> None:
-        """The learner is given a draw, unless all died that there was to draw from."""
-        if (draw := self.replay.sample(self.rows)) is None:
+        """The learners are given a draw, unless all died that there was to draw from."""
+        if (draw := self.replay.sample(self.rows, self.learners.deal)) is None:
             return
         self.limiter.draw(self.rows)
-        call = self.learner.learn.options(num_returns=2 + len(draw.parts))
-        metrics, weights, *priorities = call.remote(*draw.parts)
+        metrics, weights, priorities = self.learners.learn(draw)
         self.in_flight[metrics] = Update(draw, self.made, weights, priorities)
         self.learning += 1
 
@@ -141,7 +135,7 @@ class ReplayFlow:
     def act(self) -> None:
         """The next free actor begins a chunk."""
         if self.weights is None:
-            self.weights, self.version = self.learner.newest.remote(), self.made
+            self.weights, self.version = self.learners.weights(), self.made
         actor = self.free.popleft()
         report, made = self.actors.ask(actor, self.weights)
         self.in_flight[report] = Chunk(actor, self.version, made)
@@ -185,12 +179,12 @@ class ReplayFlow:
 
     def parameters(self) -> np.ndarray:
         """`[P]`, after all updates so far."""
-        return self.runtime.get(self.learner.newest.remote()).values
+        return self.learners.parameters()
 
     @property
     def parts(self) -> dict[str, Any]:
         """What a checkpoint holds."""
-        parts = {"flow": self, "actors": self.actors, "learner": Remembered(self)}
+        parts = {"flow": self, "actors": self.actors, "learner": self.learners}
         return parts | {"replay": self.replay, "runtime": self.runtime}
 
     def state_dict(self) -> dict[str, Any]:
@@ -220,13 +214,7 @@ class ReplayFlow:
 
     def _learnt(self, reference: Reference, update: Update) -> dict[str, float] | None:
         """Priorities go back; metrics, with what is known here alone."""
-        try:
-            metrics = self.runtime.get(reference)
-        except ActorDiedError:
-            if not alive(self.runtime, self.learner):
-                raise
-            metrics = None
-        if metrics is None:
+        if (metrics := self.learners.answer(reference)) is None:
             self.replay.mend()
             return None
         lag = float(self.made - update.drawn_at)
@@ -243,23 +231,6 @@ class ReplayFlow:
         }
 
 
-class Remembered:
-    """The learner of a flow, as a checkpoint wants it."""
-
-    def __init__(self, flow: ReplayFlow) -> None:
-        self.flow = flow
-
-    def state_dict(self) -> dict[str, Any]:
-        """Of the learner; nothing may be in flight."""
-        with self.flow.runtime.off_the_clock():
-            return self.flow.runtime.get(self.flow.learner.state_dict.remote())
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from `state_dict`."""
-        with self.flow.runtime.off_the_clock():
-            self.flow.runtime.get(self.flow.learner.load_state_dict.remote(state))
-
-
 def remote_flow(
     runtime: Runtime,
     actor: type,
@@ -273,19 +244,21 @@ def remote_flow(
     chunk_rows: float,
     forwards: int,
 ) -> ReplayFlow:
-    """Actors and a learner on a runtime, and the flow between them and a replay memory.
+    """Actors and learners on a runtime, and the flow between them and a replay memory.
 
     On a virtual cluster a chunk costs T times "env_step", `forwards` times "inference", and a
-    "fold"; a draw costs the learner a "learn" for each of its batches.
+    "fold"; a draw costs each of k learners 1/k of a "learn" for each of its batches, and the
+    gradients that it hands on travel.
 
     Args:
         runtime: where they live; on real processes they measure where their time goes.
         actor: class with ``play(weights) -> (report, made)``, made from (config, place, how many
             died there, metered, and a client of the memory if there is one).
-        learner: a `ReplayLearner`, made from (config, metered, likewise a client).
+        learner: a `ReplayLearner`, made from (config, rank, metered, likewise a client).
         replay: where experience goes.
         config: of the system, as `ReplayFlow` has it, with `unroll_length` (T), `num_actors`,
-            `samples_per_insert`, `learning_starts` and `rate_tolerance` (see `RateLimiter`).
+            `samples_per_insert`, `learning_starts` and `rate_tolerance` (see `RateLimiter`), and
+            `num_learners`.
         parameters: `[P]`, to begin with.
         report: what stands for an actor's report in a hollow run.
         made_bytes: of a chunk, likewise.
@@ -297,7 +270,8 @@ def remote_flow(
     """
     if config.update_rule == "sync" and config.samples_per_insert is None:
         raise ValueError("samples_per_insert: must be a number with update_rule 'sync', got None")
-    metered, k = isinstance(runtime, RayRuntime), config.updates_per_call
+    metered, updates = isinstance(runtime, RayRuntime), config.updates_per_call
+    size = config.num_learners
     client = () if replay.memory is None else (replay.memory,)
     actors = runtime.remote(
         actor,
@@ -305,11 +279,14 @@ def remote_flow(
         returns={"play": (report, StandIn(made_bytes))},
     )
     vector = StandIn(parameters.nbytes, Vector(0, parameters))
-    back = [StandIn(16 * k * config.batch_size // max(replay.parts, 1))] * replay.parts
+    back = [StandIn(16 * updates * config.batch_size // max(replay.parts, 1) // size)]
+    answer = {}, vector, *back * replay.parts
+    lowest = StandIn(8 * (1 + updates))
     learners = runtime.remote(
         learner,
-        costs={"learn": {"learn": k}},
-        returns={"learn": ({}, vector, *back), "newest": vector},
+        costs={"learn": {"learn": updates}, "share": {"learn": 1 / size}},
+        returns={"learn": answer, "begin": lowest, "share": vector, "finish": answer}
+        | {"newest": vector},
     )
 
     def make_actor(place: int, born: int) -> Any:
@@ -318,5 +295,9 @@ def remote_flow(
     fleet = Fleet(runtime, make_actor, config.num_actors, "play")
     tolerance = 0 if config.update_rule == "sync" else config.rate_tolerance
     limiter = RateLimiter(config.samples_per_insert, config.learning_starts, tolerance)
-    one = learners.remote(config, metered, *client)
-    return ReplayFlow(runtime, fleet, one, replay, limiter, chunk_rows, config)
+
+    def make_learner(rank: int) -> Any:
+        return learners.remote(config, rank, metered, *client)
+
+    group = ReplayGroup(runtime, make_learner, size, updates)
+    return ReplayFlow(runtime, fleet, group, replay, limiter, chunk_rows, config)

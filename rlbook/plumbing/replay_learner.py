@@ -1,36 +1,127 @@
 """A learner of a system with replay, as its driver calls it: a draw in, priorities and weights out.
 
-    parts of a draw ──► joined ──► dealt to k batches ──► update(batch) k times ──► priorities back
-                                                                │
-                                                                └──► weights, if it is time
+    parts of a draw ──► joined ──► dealt to batches ──► update(batch), again and again
+                                                           │    gradient ──► mean of all ──► step
+                                                           ├──► priorities back
+                                                           └──► weights, if it is time
 
-A system says what an update is; here is what travels. Where the learner is a client of the memory
-it draws by itself, the next draw while it learns from this one, and sends the priorities itself.
+A system says what the gradient of a batch is; here is what travels. Where the learner is a client
+of the memory it draws by itself, the next draw while it learns from this one, and sends the
+priorities itself.
+
+Of k learners each has 1/k of every batch. Importance weights are divided by the largest of the
+*whole* batch, so before the first update of a draw they tell each other the smallest probability in
+each batch (one small all-reduce for a draw); then the gradients of an update are averaged, weighted
+by the rows that they are means of, and all make the same step.
 """
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from rlbook.data import tree_map
 from rlbook.parts.flat import Flat
-from rlbook.plumbing.learner_group import Vector
+from rlbook.parts.on_device import on_host
+from rlbook.plumbing.devices import DeviceFields, HostCopy, autocast, compiled, device_here
+from rlbook.plumbing.learner_group import Peer, Share, Vector, combined
 from rlbook.plumbing.memory_shard import Part, shares, whole
-from rlbook.plumbing.param_server import Alive
+from rlbook.plumbing.team import place_seed
 
 
-class ReplayLearner(Alive):
+@dataclass(frozen=True, kw_only=True)
+class LearnerFields(DeviceFields):
+    """What a config tells learners with replay."""
+
+    num_learners: int = 1
+    """k, processes that learn together, each from 1/k of every batch (1 in the paper)."""
+
+    def check_learners(self: Any) -> None:
+        """ValueError, with the field's name, for the first value that is out of range."""
+        self.check_devices()
+        if self.num_learners < 1:
+            raise ValueError(f"num_learners: must be at least 1, got {self.num_learners}")
+        if self.batch_size % self.num_learners:
+            raise ValueError(
+                f"batch_size: must be a multiple of num_learners, which is {self.num_learners}, so"
+                f" that each has an equal part; got {self.batch_size}"
+            )
+
+
+class Found(NamedTuple):
+    """What a batch brought besides the gradient."""
+
+    priorities: np.ndarray
+    """`[rows]`, new."""
+    weight: float
+    """Rows that the loss is a mean over: what its gradient counts among those of others."""
+    metrics: dict[str, float]
+
+
+def on_its_device(network: nn.Module, config: Any, rank: int) -> Any:
+    """A network where learner `rank` computes, compiled if `config` says so."""
+    return compiled(network.to(device_here(config, rank)), config)
+
+
+@dataclass
+class _Draw:
+    """What a learner is at."""
+
+    part: Part
+    parts: tuple[Part, ...]
+    before: int
+    """Updates that were made before."""
+    rows: np.ndarray
+    """`[updates, rows]`, of each batch."""
+    priorities: np.ndarray
+    """`[rows]`, as far as they are known."""
+    found: list[dict[str, float]] = field(default_factory=list)
+    """Metrics of the updates that are made."""
+    began: float = field(default_factory=time.perf_counter)
+
+    def note(self, priorities: np.ndarray, metrics: dict[str, float]) -> None:
+        """What an update found."""
+        self.priorities[self.rows[len(self.found)]] = priorities
+        self.found.append(metrics)
+
+
+class Ranked(Peer):
+    """TEMPORARY."""
+
+    def __init__(self, flat, config, metered=False):
+        self.flat, self.config, self.metered, self.size, self.average = flat, config, metered, 1, True
+        self.device = flat.vector.device
+        self.leave = self._leave
+        self._ended_at = time.perf_counter()
+
+    def reduce(self, weight):
+        if self.size > 1:
+            got = self._reduced(Share(self.flat.gradients.numpy(), weight, {}))
+            self.flat.gradients.copy_(torch.from_numpy(got.gradient))
+
+    def lowest(self, vector):
+        if self.size > 1:
+            from torch import distributed
+            distributed.all_reduce(torch.from_numpy(vector), distributed.ReduceOp.MIN)
+        return vector
+
+
+class ReplayLearner(Ranked):
     """Two networks, of which the target is a copy of what the online one was, and an optimiser.
 
     Args:
         online: the parameters that are learnt, and their gradients.
         target: of an equal network.
         optimizer: of `online.vector`.
-        config: of the system, with `updates_per_call`, `batch_size`, `calls_in_flight`,
-            `broadcast_period`, `seed` and, if it knows that, `finds_smallest` (see `Part`).
+        config: of the system, with `updates_per_call`, `batch_size`, `num_learners`,
+            `calls_in_flight`, `broadcast_period`, `target_period`, `max_gradient_norm`, `seed` and,
+            if it knows that, `finds_smallest` (see `Part`).
+        rank: which of the learners; each is given its own part of a draw.
         metered: report how long it had no work (of the wall, so never on a virtual clock).
         memory: a client; None where draws are brought.
     """
@@ -41,70 +132,148 @@ class ReplayLearner(Alive):
         target: Flat,
         optimizer: torch.optim.Optimizer,
         config: Any,
+        rank: int = 0,
         metered: bool = False,
         memory: Any = None,
     ) -> None:
-        self.flat, self.flat_target, self.optimizer = online, target, optimizer
-        self.config, self.metered = config, metered
+        super().__init__(online, config, metered)
+        self.flat_target, self.optimizer, self.rank = target, optimizer, rank
         self.rng, self.updates = np.random.default_rng([config.seed, 3]), 0
         target.vector.copy_(online.vector)
-        self._ended_at = time.perf_counter()
+        self.finds_smallest = getattr(config, "finds_smallest", False)
+        if memory is not None and rank:  # who draws with the same lots draws the same rows
+            memory = memory.reseeded(place_seed(config.seed, rank, 0))
         self.memory = memory
         self._reader = None if memory is None else ThreadPoolExecutor(1)
         self._next: Future[Part | None] | None = None
+        self._draw: _Draw | None = None
+
+    def gradient(self, batch: Part) -> Found:
+        """Leaves the gradient of the mean loss of a batch in `flat.gradients`, not clipped.
+
+        `batch.smallest` is the probability of which the weight is 1; 0 for the smallest in it.
+        """
+        raise NotImplementedError
+
+    def cast(self) -> AbstractContextManager[Any]:
+        """In which the networks are asked: of the precision that `config` says."""
+        return autocast(self.config, self.device)
+
+    def step(self) -> dict[str, float]:
+        """One step of the optimiser; the target network follows if it is time."""
+        norm = self.flat.clip(self.config.max_gradient_norm)
+        self.optimizer.step()
+        self.updates += 1
+        if self.updates % self.config.target_period == 0:
+            self.flat_target.vector.copy_(self.flat.vector)
+        return {"gradient_norm": norm}
 
     def update(self, batch: Part) -> tuple[np.ndarray, dict[str, float]]:
-        """One update: new priorities `[rows]`, and metrics. Adds 1 to `updates`."""
-        raise NotImplementedError
+        """One update, with the others if they have met: new priorities `[rows]`, and metrics."""
+        found = self.gradient(batch)
+        self.reduce(found.weight)
+        return found.priorities, {**found.metrics, **self.step()}
 
     def learn(self, *parts: Part) -> tuple[Any, ...]:
         """All updates of a draw: metrics (means), weights for actors or None, each shard's
         priorities. No metrics if there was nothing to draw: the server lost its memory.
         """
-        draw = whole(parts) if self.memory is None else self._drawn()
-        if draw is None:
-            return None, None
-        began, before = time.perf_counter(), self.updates
-        assert draw.sample is not None
-        priorities, found = np.empty(len(draw.sample.keys)), []
-        for rows in self._dealt(len(priorities)):
-            sample = tree_map(lambda column, rows=rows: column[rows], draw.sample)
-            priorities[rows], metrics = self.update(draw._replace(sample=sample))
-            found.append(metrics)
-        means = {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+        try:
+            lowest = self.lowest(self.begin(*parts))
+            while self._draw is not None and (batch := self._batch(lowest)) is not None:
+                self._draw.note(*self.update(batch))
+        except Exception:
+            self.leave()
+            raise
+        return self.finish(None, lowest)
+
+    def begin(self, *parts: Part) -> np.ndarray:
+        """Takes a draw: 1 if there is one, else 0; and the smallest P(i) in each of its batches."""
+        part, self._draw = whole(parts) if self.memory is None else self._drawn(), None
+        lowest = np.full(1 + self.config.updates_per_call, np.inf)
+        lowest[0] = float(part is not None)
+        if part is not None:
+            assert part.sample is not None
+            chances = part.sample.probabilities
+            rows = self._dealt(len(chances))
+            lowest[1:] = chances[rows].min(1)
+            self._draw = _Draw(part, parts, self.updates, rows, np.empty(len(chances)))
+        return lowest
+
+    def share(self, after: None, *lowest: np.ndarray) -> Share:
+        """The gradient of the next batch, to be handed on to all learners.
+
+        Args:
+            after: what `apply` answered before: if that failed, this fails.
+            lowest: what each learner's `begin` said.
+        """
+        if self._draw is None or (batch := self._batch(np.min(lowest, axis=0))) is None:
+            return Share(np.zeros(0, np.float32), 0.0, {})
+        found = self.gradient(batch)
+        self._draw.note(found.priorities, found.metrics)
+        return Share(self.flat.gradients.cpu().numpy(), found.weight, found.metrics)
+
+    def apply(self, *shares: Share) -> None:
+        """One step along the mean of all gradients of an update."""
+        if self._draw is not None and all(len(share.gradient) for share in shares):
+            mean = np.require(combined(shares, average=True), None, "W")
+            self.flat.gradients.copy_(torch.from_numpy(mean))
+            self._draw.found[-1] |= self.step()
+
+    def finish(self, after: None, *lowest: np.ndarray) -> tuple[Any, ...]:
+        """What `learn` answers, when all updates of the draw are made; arguments as for `share`."""
+        draw, self._draw = self._draw, None
+        if draw is None or not np.min(lowest, axis=0)[0]:
+            return None, None, *([None] * len(draw.parts) if draw else [])
+        means = {name: float(np.mean([one[name] for one in draw.found])) for name in draw.found[0]}
         period = self.config.broadcast_period
-        weights = self.newest() if self.updates // period > before // period else None
+        due = self.updates // period > draw.before // period
+        weights = self.newest() if due and not self.rank else None
         if self.memory is not None:
-            self.memory.update_priorities(draw.sample.keys, priorities)
-        return means | self._idle(began), weights, *shares(parts, priorities)
+            assert draw.part.sample is not None
+            self.memory.update_priorities(draw.part.sample.keys, draw.priorities)
+        back = shares(draw.parts, draw.priorities)
+        return means | self.idle(draw.began), weights, *back
 
     def newest(self) -> Vector:
         """The parameters after all updates so far."""
-        return Vector(self.updates, self.flat.vector.numpy().copy())
+        return Vector(self.updates, HostCopy(self.flat).take())
 
     def state_dict(self) -> dict[str, Any]:
-        """Both networks, the optimiser, the count of updates and the random generator."""
-        vectors = {"online": self.flat.vector.numpy(), "target": self.flat_target.vector.numpy()}
-        state = {name: vector.copy() for name, vector in vectors.items()}
+        """Both networks, the optimiser, the count of updates and the random generator: the same
+        for every one of k learners.
+        """
+        vectors = {"online": self.flat, "target": self.flat_target}
+        state = {name: HostCopy(flat).take() for name, flat in vectors.items()}
         counts = {"updates": self.updates, "rng": self.rng.bit_generator.state}
-        return {**state, **counts, "optimizer": self.optimizer.state_dict()}
+        return {**state, **counts, "optimizer": on_host(self.optimizer.state_dict())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state_dict`."""
         self._next = None
-        np.copyto(self.flat.vector.numpy(), state["online"])
-        np.copyto(self.flat_target.vector.numpy(), state["target"])
+        HostCopy(self.flat).put(state["online"])
+        HostCopy(self.flat_target).put(state["target"])
         self.updates, self.rng.bit_generator.state = state["updates"], state["rng"]
         self.optimizer.load_state_dict(state["optimizer"])
 
+    def _batch(self, lowest: np.ndarray) -> Part | None:
+        """The next batch of the draw; None after the last, or if not all learners have a draw."""
+        draw = self._draw
+        assert draw is not None and draw.part.sample is not None
+        at = len(draw.found)
+        if not lowest[0] or at == len(draw.rows):
+            return None
+        sample = tree_map(lambda column: column[draw.rows[at]], draw.part.sample)
+        least = draw.part.smallest if self.finds_smallest else float(lowest[1 + at])
+        return draw.part._replace(sample=sample, smallest=least)
+
     def _drawn(self) -> Part | None:
         """A draw of our own; with more than one call in flight the next one is begun."""
-        rows = self.config.batch_size * self.config.updates_per_call
-        finds = getattr(self.config, "finds_smallest", False)
+        rows = self.config.batch_size * self.config.updates_per_call // self.config.num_learners
 
         def draw() -> Part | None:
             try:
-                return self.memory.part(rows, finds_smallest=finds)
+                return self.memory.part(rows, finds_smallest=self.finds_smallest)
             except ValueError:
                 if len(self.memory):
                     raise
@@ -117,14 +286,12 @@ class ReplayLearner(Alive):
 
     def _dealt(self, size: int) -> np.ndarray:
         """Rows of each batch. Neighbours come from neighbouring strata of the draw: one of each k
-        to each batch, by lot, so that every batch is a stratified draw of its own.
+        to each batch, by lot, so that every batch is a stratified draw of its own. Every learner
+        draws the lots of all, and takes its own: together they have the batches of one.
         """
-        groups = np.arange(size).reshape(-1, self.config.updates_per_call)
-        return groups.T if groups.shape[1] == 1 else self.rng.permuted(groups, axis=1).T
-
-    def _idle(self, began: float) -> dict[str, float]:
-        """The part of the time since the last draw was learnt in which there was nothing to do."""
-        if not self.metered:
-            return {}
-        last, self._ended_at = self._ended_at, time.perf_counter()
-        return {"learner_idle_fraction": (began - last) / (self._ended_at - last)}
+        updates, learners = self.config.updates_per_call, self.config.num_learners
+        groups = np.arange(size * learners).reshape(-1, updates)
+        if updates > 1:
+            groups = self.rng.permuted(groups, axis=1)
+        mine = groups[self.rank :: learners] % updates
+        return (mine + updates * np.arange(len(mine))[:, None]).T
