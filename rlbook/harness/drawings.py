@@ -178,6 +178,7 @@ FAMILY = {
     "11_impala": Box(13.2, 0.0, "11 IMPALA\n2018"),
     "12_r2d2": Box(17.6, 2.2, "12 R2D2\n2019"),
     "13_seed_rl": Box(17.6, 0.0, "13 SEED RL\n2020"),
+    "14_multi_gpu": Box(17.6, -2.2, "14 several GPUs\nlearner groups", width=3.4),
 }
 """The systems that the book has so far, by chapter."""
 
@@ -198,6 +199,9 @@ DESCENT = [
     Arrow("10_apex", "12_r2d2"),
     Arrow("11_impala", "13_seed_rl"),
     Arrow("12_r2d2", "13_seed_rl"),
+    Arrow("09_dppo", "14_multi_gpu"),
+    Arrow("11_impala", "14_multi_gpu"),
+    Arrow("13_seed_rl", "14_multi_gpu"),
 ]
 
 
