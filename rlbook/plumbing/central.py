@@ -268,10 +268,10 @@ class Central:
                 assert newest is not None
                 self.inference.load(newest)
                 self._acting = newest
-            batch, begun = self.waiting.take(), time.monotonic()
+            waited, begun = self.waiting.rows, time.monotonic()
+            batch = self.waiting.take()
             actions = self.inference.act([request.who.place for request in batch])
-            rows = sum(request.rows for request in batch)
-            self._acted.append((rows, begun, time.monotonic()))
+            self._acted.append((waited - self.waiting.rows, begun, time.monotonic()))
             for request, action in zip(batch, actions, strict=True):
                 self._answer(request, action)
         return due_in

@@ -89,6 +89,7 @@ class Schema:
             places[field.name] = (copies, *field.shape), field.dtype, start
             start += copies * field.nbytes
         self._places = [places[name] for name in EnvOutput._fields]
+        self._dtypes = [field.dtype for field in self.fields]
 
     @classmethod
     def of(cls, row: EnvOutput) -> "Schema":
@@ -99,10 +100,8 @@ class Schema:
     def encode(self, row: EnvOutput) -> bytes:
         """The bytes of a row."""
         arrays = (row.reward, row.discount, row.observation, row.first)
-        return b"".join(
-            np.ascontiguousarray(array, field.dtype)
-            for array, field in zip(arrays, self.fields, strict=True)
-        )
+        wanted = zip(arrays, self._dtypes, strict=True)
+        return b"".join([np.ascontiguousarray(array, dtype) for array, dtype in wanted])
 
     def decode(self, data: bytes) -> EnvOutput:
         """A row that reads the bytes where they lie.
