@@ -68,7 +68,7 @@ def called(
     metered, rows = isinstance(runtime, RayRuntime), StandIn(row_bytes * config.num_envs)
     said = (Stepped(None, []), rows)
     workers = runtime.remote(
-        worker, costs={"step": {"env_step": 1}}, returns={"step": said, "here": said}
+        worker, costs={"step": {"env_step": 1}}, returns={"step": said, "here": said}, spread=True
     )
     steps, action = config.unroll_length * config.num_envs, StandIn(8 * config.num_envs)
     serving = runtime.remote(

@@ -212,6 +212,7 @@ def remote_flow(
         actor,
         costs={"unroll": {"env_step": steps, "inference": steps}},
         returns={"unroll": (report, unroll)},
+        spread=True,
     )
     share = {"learn": config.unrolls_per_batch / config.num_learners}
     vector = Vector(0, parameters)
@@ -221,6 +222,7 @@ def remote_flow(
         costs={"update": {**share, "apply": 1}, "gradient": share, "apply": {"apply": 1}},
         returns={"update": made, "apply": made}
         | {"gradient": vector, "weights": vector, "newest": vector},
+        spread=config.num_learners > 1,
     )
 
     def make_actor(place: int, born: int) -> Any:

@@ -27,7 +27,10 @@ from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self
 
+import psutil
+
 from rlbook.plumbing import watchdog
+from rlbook.plumbing.joining import place, refuse_stranger
 from rlbook.plumbing.quiet import hush_deaths, is_death, quiet_ray
 from rlbook.plumbing.timeline import DRIVER, KEPT, Timeline, timed
 
@@ -60,7 +63,7 @@ class Runtime(Protocol):
         **options: Any,
     ) -> Any:
         """A class or function whose calls run elsewhere: call ``.remote(...)`` on what comes
-        back. ``costs``, ``returns`` and ``node`` are for the virtual clock.
+        back. ``costs``, ``returns`` and ``node`` are for the virtual clock, ``options`` for Ray.
         """
 
     def put(self, value: Any) -> Reference:
@@ -120,11 +123,13 @@ class RayRuntime:
 
     ``num_cpus``: cores that Ray may hand out, 1 or more; all by default. ``object_store_mb``:
     shared memory for values in flight, in MB, at least 80 (Ray's own floor is a little below).
-    ``address``: an existing cluster to join, whose cores and memory are its own affair; leaving
-    the ``with`` disconnects from it and lets it run. ``trace``: actors and driver note what they
-    do, for :meth:`timeline`; it costs about a microsecond a call.
+    ``address``: an existing cluster to join ("HOST:PORT" of its head, or "auto" on one of its
+    hosts), whose cores and memory are its own affair; leaving the ``with`` disconnects from it and
+    lets it run. ``trace``: actors and driver note what they do, for :meth:`timeline`; it costs
+    about a microsecond a call.
 
-    Raises ``ValueError`` for a bad size and ``RuntimeError`` when Ray already runs in this process.
+    Raises ``ValueError`` for a bad size, ``RuntimeError`` when Ray already runs in this process,
+    and ``ConnectionError`` within seconds for a cluster that is not there or lets us not in.
     """
 
     def __init__(
@@ -168,9 +173,11 @@ class RayRuntime:
                 "object_store_memory": self.object_store_mb * 1024 * 1024,
                 "include_dashboard": False,
             }
+        else:
+            refuse_stranger(self.address)
         atexit.register(self.shutdown)
         self._running, self._entered_at = True, time.time()
-        self._unhush = hush_deaths()
+        self._unhush, before = hush_deaths(), set(_ray_children())
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -179,6 +186,7 @@ class RayRuntime:
                 self._watchdog = _start_watchdog()
         except BaseException:
             self.shutdown()
+            _end(set(_ray_children()) - before)
             raise
         return self
 
@@ -230,13 +238,18 @@ class RayRuntime:
         """``target`` (a class or function) with its calls run in other processes.
 
         ``options`` are Ray's: ``num_cpus``, ``num_gpus`` (fractions too), ``max_restarts``, …
-        Without any, an actor asks for no core of its own beyond Ray's default. ``costs``,
+        Without any, an actor asks for no core of its own beyond Ray's default. One more says where
+        an actor lives on a cluster of several hosts: beside the driver, or, with ``spread=True``,
+        on any of them in turn (for those that may die: a fleet replaces them). ``costs``,
         ``returns`` and ``node`` are for the virtual clock: here work takes the time it takes.
         """
         import ray
 
+        spread = options.pop("spread", False)
         if not isinstance(target, type):
             return ray.remote(**options)(target) if options else ray.remote(target)
+        if self.address is not None:
+            options = place(options, spread)
         made = timed(target) if self.trace else target
         return _RayClass(
             self, target.__name__, ray.remote(**options)(made) if options else ray.remote(made)
@@ -356,14 +369,34 @@ def _start_watchdog() -> subprocess.Popen[bytes] | None:
     """See :mod:`rlbook.plumbing.watchdog`; on Linux alone (elsewhere Ray brings its own)."""
     if not sys.platform.startswith("linux"):
         return None
-    import psutil
-
-    words = ("raylet", "gcs_server", "ray::")
-    family = [child for child in psutil.Process().children(recursive=True) if child.is_running()]
-    ours = [child.pid for child in family if any(w in " ".join(child.cmdline()) for w in words)]
     return subprocess.Popen(
         [sys.executable, "-S", "-E", watchdog.__file__]
-        + [f"{pid}:{watchdog.started_at(pid)}" for pid in ours],
+        + [f"{child.pid}:{watchdog.started_at(child.pid)}" for child in _ray_children()],
         stdin=subprocess.PIPE,
         start_new_session=True,
     )
+
+
+def _ray_children() -> list[psutil.Process]:
+    """Processes of Ray that descend from this one."""
+    words = ("raylet", "gcs_server", "ray::", "ray/_private/", "ray/dashboard/", "ray/autoscaler/")
+    family = [child for child in psutil.Process().children(recursive=True) if child.is_running()]
+    return [child for child in family if any(word in _words(child) for word in words)]
+
+
+def _words(process: psutil.Process) -> str:
+    """Its command line; none if it is gone."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def _end(processes: Collection[psutil.Process]) -> None:
+    """Kills processes and waits until they are gone."""
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            pass
+    psutil.wait_procs(processes, timeout=5.0)

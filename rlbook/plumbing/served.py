@@ -105,7 +105,8 @@ def make_team(
     """
     pieces = [StandIn(4 * (end - start)) for start, end in server.bounds]
     costs = {"gradient": {"env_step": steps, "inference": steps, "learn": 1}}
-    remote = runtime.remote(kind, costs=costs, returns={"gradient": (report, *pieces)})
+    returns = {"gradient": (report, *pieces)}
+    remote = runtime.remote(kind, costs=costs, returns=returns, spread=True)
 
     def make_worker(index: int, born: int) -> Any:
         return remote.remote(*arguments(index, born))

@@ -213,7 +213,7 @@ def remote_team(
         returns: what stands for an answer in a hollow run: a report, and the parts.
         rules: see `Team`.
     """
-    remote = runtime.remote(kind, costs={method: costs}, returns={method: returns})
+    remote = runtime.remote(kind, costs={method: costs}, returns={method: returns}, spread=True)
     metered = isinstance(runtime, RayRuntime)
     return Team(
         runtime,

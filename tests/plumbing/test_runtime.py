@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from rlbook.plumbing.runtime import RayRuntime
@@ -202,3 +204,28 @@ def test_nothing_is_left(how: str, child: subprocess.Popen):
     while (left := ray_processes(child.pid)) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert left == []
+
+
+def test_a_ray_that_cannot_start_leaves_nothing():
+    """Ray refuses so much memory when its first processes run already."""
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    with pytest.raises(ValueError, match="memory"), RayRuntime(num_cpus=1, object_store_mb=10**9):
+        pass
+    assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
+    with RayRuntime(num_cpus=1) as runtime:  # and the next one starts
+        assert runtime.get(runtime.remote(counting_class()).remote(1).add.remote(1)) == 2
+
+
+@pytest.fixture
+def closed_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def test_a_cluster_that_is_not_there_is_one_sentence(closed_port: int):
+    with pytest.raises(ConnectionError, match="ray_address: no Ray cluster answers") as found:
+        RayRuntime(address=f"127.0.0.1:{closed_port}").__enter__()
+    assert "\n" not in str(found.value)
+    with pytest.raises(ValueError, match="run the driver on a host of the cluster"):
+        RayRuntime(address="ray://127.0.0.1:10001").__enter__()
