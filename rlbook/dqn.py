@@ -36,7 +36,7 @@ from rlbook.maths.exploration import linear_schedule
 from rlbook.parts.envs import Envs, make_envs, require_discrete
 from rlbook.parts.flat import Flat
 from rlbook.parts.networks import GreedyPolicy, QNetwork
-from rlbook.parts.q_learning import Player, td_gradient
+from rlbook.parts.q_learning import Player, clipped_td_gradient
 from rlbook.parts.replay import PrioritizedReplay, Sample, UniformReplay
 
 
@@ -46,6 +46,8 @@ class Config(RunConfig):
 
     num_envs: int = 16
     """Copies of the environment that step together (1 in the paper)."""
+    life_loss_ends: bool = False
+    """Atari: the loss of a life is the end to the learner (it is in the paper)."""
     double: bool = True
     """Choose the next action by the online network, value it by the target network."""
     dueling: bool = False
@@ -96,6 +98,7 @@ PRESETS = {
     "default": Config(),
     "paper": Config(
         env_id="ALE/Pong-v5",
+        life_loss_ends=True,
         num_envs=1,
         total_env_steps=50_000_000,
         double=False,
@@ -127,7 +130,7 @@ class Learner:
     def update(self, sample: Sample) -> tuple[np.ndarray, dict[str, float]]:
         """One gradient step on a batch: (|TD errors| `[N]`, metrics)."""
         networks = self.online, self.target
-        absolute, metrics = td_gradient(
+        absolute, metrics = clipped_td_gradient(
             self.flat, networks, sample, self.config.double, self.config.max_gradient_norm
         )
         self.optimizer.step()
@@ -205,7 +208,8 @@ def train(config: Config) -> Result:
     """Acts, remembers and learns in turns until the run is over."""
     torch.set_num_threads(config.torch_threads)
     torch.manual_seed(config.seed)
-    envs = make_envs(config.env_id, config.num_envs, config.seed)
+    lives = config.life_loss_ends
+    envs = make_envs(config.env_id, config.num_envs, config.seed, life_loss_ends=lives)
     online, target = make_network(config, envs), make_network(config, envs)
     actor, learner, replay = (
         make_actor(envs, online, config),

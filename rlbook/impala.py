@@ -58,7 +58,7 @@ from rlbook.parts.unroll_replay import UnrollReplay, side_by_side
 from rlbook.parts.vtrace_loss import vtrace_losses
 from rlbook.plumbing.cluster import own_runtime
 from rlbook.plumbing.flow import Flow, Turn, Update, lag_metrics, remote_flow
-from rlbook.plumbing.learner_group import Peer, Share, Vector
+from rlbook.plumbing.learner_group import Peer, Vector
 from rlbook.plumbing.param_server import Bundle
 from rlbook.plumbing.runtime import Runtime
 from rlbook.plumbing.team import place_seed
@@ -68,6 +68,8 @@ from rlbook.plumbing.team import place_seed
 class Config(RunConfig):
     """Settings; the defaults solve CartPole-v1 in some seconds of training."""
 
+    life_loss_ends: bool = False
+    """Atari: the loss of a life is the end to the learner (it is in the paper)."""
     env_ids: tuple[str, ...] = ()
     """Tasks of a multi-task run, given to the actors in turn, `env_id` (which is evaluated) among
     them; empty for `env_id` alone."""
@@ -186,8 +188,10 @@ class Config(RunConfig):
         return self.num_actors * self.num_envs
 
 
-PAPER = Config(
+PAPER = Config(  # table G.1, with the deep network of figure 3; a batch is 32 unrolls of one copy
     env_id="ALE/Pong-v5",
+    life_loss_ends=True,
+    torso="resnet",
     total_env_steps=50_000_000,
     num_envs=16,
     unrolls_per_batch=2,
@@ -261,7 +265,8 @@ class Actor(Bundle):
         torch.set_num_threads(1)
         seed = place_seed(config.seed, index, born)
         self.config, self.index = config, index
-        self.envs = make_task_envs(config.tasks, index, config.num_envs, seed)
+        lives = config.life_loss_ends
+        self.envs = make_task_envs(config.tasks, index, config.num_envs, seed, lives)
         self.flat = Flat(network := make_network(config))
         self.sampler = Sampler(network, config.num_envs, np.random.default_rng([seed, 1]))
         self.meter = Meter(metered)
@@ -297,7 +302,7 @@ class Learner(Peer):
         drawn = config.unrolls_per_batch - config.fresh_unrolls
         self.drawn = len(range(rank, drawn, config.num_learners))
 
-    def gradient(self, *unrolls: Unroll) -> Share:
+    def backward(self, *unrolls: Unroll) -> tuple[float, dict[str, Any]]:
         """Of the loss on these unrolls and on replayed ones."""
         batch = side_by_side([*unrolls, *self.replay.draw(self.drawn)])
         self.replay.add(unrolls)
@@ -305,8 +310,7 @@ class Learner(Peer):
         self.flat.gradients.zero_()
         loss.backward()
         weight = float(batch.valid.sum()) if self.average else 1.0
-        found = {name: value.item() for name, value in metrics.items()}
-        return Share(self.flat.gradients.numpy(), weight, found)
+        return weight, metrics
 
     def step(self, env_steps: int) -> dict[str, float]:
         """One step of the optimiser; `env_steps` of all actors decide its size."""

@@ -16,7 +16,6 @@ Unrolls need NEXT_STEP, where bootstrapping through a time limit needs no specia
 refuses the others.
 """
 
-import difflib
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -24,6 +23,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from rlbook.data import EnvOutput
+from rlbook.parts.atari import make_atari
 from rlbook.parts.env_state import restore, snapshot
 
 OWN_ENVS = {
@@ -86,6 +86,9 @@ class Envs:
         seed: seeds the first reset; copy i gets its own stream.
         reward_clip: clips the rewards that the learner sees to ±this; episode returns stay
             unclipped.
+        fresh: the vector returns new arrays from each step, so that none need be copied.
+        life_loss_ends: to the learner the loss of a life is the end (discount 0), while the game,
+            and the episode that is counted, go on.
     """
 
     def __init__(
@@ -95,8 +98,10 @@ class Envs:
         env_id: str,
         seed: int,
         reward_clip: float | None = None,
+        fresh: bool = False,
+        life_loss_ends: bool = False,
     ) -> None:
-        self.vector_env = vector_env
+        self.vector_env, self.fresh, self.life_loss_ends = vector_env, fresh, life_loss_ends
         self.env_id = env_id
         self.num_envs = vector_env.num_envs
         self.observation_space = vector_env.single_observation_space
@@ -115,7 +120,8 @@ class Envs:
 
         Without a seed the random streams go on.
         """
-        observation, _ = self.vector_env.reset(seed=seed)
+        observation, info = self.vector_env.reset(seed=seed)
+        self._lives = np.array(info.get("lives", 0))
         self._ended = np.zeros(self.num_envs, dtype=bool)
         self._returns = np.zeros(self.num_envs)
         self._lengths = np.zeros(self.num_envs, dtype=np.int64)
@@ -136,9 +142,9 @@ class Envs:
                 f" its own, but {self.env_id} was made with {self.autoreset_mode.name}"
             )
         first = self._ended
-        observation, reward, terminated, truncated, _ = self.vector_env.step(action)
+        observation, reward, terminated, truncated, info = self.vector_env.step(action)
         reward = self._book(reward, terminated | truncated, first)
-        discount = np.where(terminated, np.float32(0), np.float32(1))
+        discount = self._discount(terminated, info)
         self.env_output = EnvOutput(self._observation(observation), reward, discount, first)
         return self.env_output
 
@@ -151,7 +157,7 @@ class Envs:
         observation, reward, terminated, truncated, info = self.vector_env.step(action)
         ended = terminated | truncated
         reward = self._book(reward, ended, first)
-        discount = np.where(terminated, np.float32(0), np.float32(1))
+        discount = self._discount(terminated, info)
         after = seen = self._observation(observation)
         if same_step and ended.any():
             after = seen.copy()
@@ -214,8 +220,17 @@ class Envs:
         self._lengths = state["lengths"].copy()
 
     def _observation(self, observation: np.ndarray) -> np.ndarray:
-        """A copy that later steps cannot change, float32 unless uint8."""
+        """What later steps cannot change, float32 unless uint8."""
+        if self.fresh:
+            return observation
         return np.array(observation, dtype=self._observation_type)
+
+    def _discount(self, terminated: np.ndarray, info: dict[str, Any]) -> np.ndarray:
+        """0.0 on termination, and where a life was lost if that is an end; else 1.0."""
+        if self.life_loss_ends:
+            lives, self._lives = self._lives, info["lives"].copy()
+            terminated = terminated | (self._lives < lives)
+        return np.where(terminated, np.float32(0), np.float32(1))
 
     def _book(self, reward: np.ndarray, ended: np.ndarray, first: np.ndarray) -> np.ndarray:
         """Adds a step to the running returns, notes ended episodes, gives the learner's reward."""
@@ -245,6 +260,7 @@ def make_envs(
     autoreset_mode: str = "next_step",
     render_mode: str | None = None,
     reward_clip: float | None = None,
+    life_loss_ends: bool = False,
     **options: Any,
 ) -> Envs:
     """A vector of `num_envs` copies of a Gymnasium environment.
@@ -254,13 +270,18 @@ def make_envs(
             `rlbook/MaskedCartPole-v0`, `rlbook/Costly-v0`; Atari as `ALE/Pong-v5` (needs the extra
             `atari`), with the preprocessing of Mnih et al. (2015): grey 84 × 84 frames, the maximum
             of two, four stacked, each action four times, up to 30 no-ops at the start, no sticky
-            actions. Unlike there, the loss of a life does not end an episode.
+            actions, no button pressed for the player, the game's own actions, a time limit of
+            108,000 frames, which are 27,000 steps. As many threads step the copies as
+            OMP_NUM_THREADS says (Ray, and the book where it starts processes itself, set it to 1
+            for their processes), where it says nothing one for each core.
         num_envs: B.
         seed: of the first reset.
         autoreset_mode: "next_step", "same_step" or "disabled"; environments with a native vector
             have NEXT_STEP alone and are stepped one by one for the others.
         render_mode: None or "rgb_array".
         reward_clip: clips the learner's rewards to ±this; default 1.0 for Atari, none elsewhere.
+        life_loss_ends: Atari: the loss of a life is the end to the learner, as in Mnih et al.
+            (2015) and with IMPALA: its discount is 0. The game goes on; nothing is reset.
         options: passed on to the environment.
 
     Raises:
@@ -275,9 +296,10 @@ def make_envs(
     mode = modes[autoreset_mode]
     register_own_envs()
     if env_id.startswith("ALE/"):
-        envs = _make_atari(env_id, num_envs, mode, options)
+        envs = make_atari(env_id, num_envs, mode, options)
         clip = 1.0 if reward_clip is None else reward_clip
-        return Envs(envs, env_id=env_id, seed=seed, reward_clip=clip)
+        kind: dict[str, Any] = {"fresh": True, "life_loss_ends": life_loss_ends}
+        return Envs(envs, env_id=env_id, seed=seed, reward_clip=clip, **kind)
     envs = _make_gymnasium(env_id, num_envs, mode, render_mode, options)
     return Envs(envs, env_id=env_id, seed=seed, reward_clip=reward_clip)
 
@@ -317,29 +339,6 @@ def _make_gymnasium(
         space = envs.single_observation_space
         raise ValueError(f"env_id: {env_id} has the observation space {space}, which is no array")
     return envs
-
-
-def _make_atari(
-    env_id: str, num_envs: int, mode: AutoresetMode, options: dict[str, Any]
-) -> gym.vector.VectorEnv:
-    try:
-        import ale_py
-        from ale_py.vector_env import AtariVectorEnv
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"env_id: {env_id} needs the Atari emulator: pip install 'rlbook[atari]'"
-        ) from error
-    if mode is AutoresetMode.DISABLED:
-        raise ValueError(f"autoreset_mode: {env_id} knows next_step and same_step alone")
-    gym.register_envs(ale_py)
-    if env_id not in gym.registry:
-        close = difflib.get_close_matches(env_id, list(gym.registry), n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"env_id: there is no Atari game {env_id!r}{hint}")
-    game = gym.spec(env_id).kwargs["game"]
-    paper = {"repeat_action_probability": 0.0, "noop_max": 30, "use_fire_reset": False}
-    fixed = {"episodic_life": False, "reward_clipping": False, "autoreset_mode": mode}
-    return AtariVectorEnv(game, num_envs, **{**paper, **fixed, **options})
 
 
 def _one_line(error: Exception) -> str:

@@ -71,7 +71,11 @@ class TaskEnvs(Envs):
     def __init__(self, envs: Envs, shape: Shape) -> None:
         self._shape, self._own_actions = shape, require_discrete(envs, "the system")
         super().__init__(
-            envs.vector_env, env_id=envs.env_id, seed=envs.seed, reward_clip=envs.reward_clip
+            envs.vector_env,
+            env_id=envs.env_id,
+            seed=envs.seed,
+            reward_clip=envs.reward_clip,
+            life_loss_ends=envs.life_loss_ends,
         )
         kind = self.observation_space.dtype
         assert kind is not None
@@ -86,9 +90,11 @@ class TaskEnvs(Envs):
         return super().step(action % self._own_actions)
 
 
-def make_task_envs(tasks: tuple[str, ...], index: int, num_envs: int, seed: int) -> Envs:
+def make_task_envs(
+    tasks: tuple[str, ...], index: int, num_envs: int, seed: int, life_loss_ends: bool = False
+) -> Envs:
     """B copies of the task of actor `index` (tasks in turn), for a network for all of them."""
-    envs = make_envs(tasks[index % len(tasks)], num_envs, seed)
+    envs = make_envs(tasks[index % len(tasks)], num_envs, seed, life_loss_ends=life_loss_ends)
     shape = common_shape(tasks)
     return TaskEnvs(envs, shape) if shape.padded else envs
 
