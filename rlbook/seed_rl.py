@@ -60,7 +60,7 @@ from rlbook.plumbing.central import Turn, Update, check_waits
 from rlbook.plumbing.central_calls import CentralServer, called
 from rlbook.plumbing.cluster import own_runtime
 from rlbook.plumbing.inference import Inference, Who
-from rlbook.plumbing.learner_group import Peer, Share
+from rlbook.plumbing.learner_group import Peer
 from rlbook.plumbing.runtime import Runtime
 from rlbook.plumbing.sequence_learner import SequenceFields, SequencePeer, scored
 from rlbook.plumbing.streamed import StreamWorker, streamed
@@ -285,15 +285,14 @@ class Learner(Peer):
         super().__init__(Flat(self.network), config, metered)
         self.optimizer = make_optimizer(config, self.flat)
 
-    def gradient(self, *unrolls: Unroll) -> Share:
+    def backward(self, *unrolls: Unroll) -> tuple[float, dict[str, Any]]:
         """Of the loss on these unrolls."""
         batch = side_by_side(unrolls)
         loss, metrics = loss_function(self.network, batch, self.config)
         self.flat.gradients.zero_()
         loss.backward()
         weight = float(batch.valid.sum()) if self.average else 1.0
-        found = {name: value.item() for name, value in metrics.items()}
-        return Share(self.flat.gradients.cpu().numpy(), weight, found)
+        return weight, metrics
 
     def step(self, env_steps: int) -> dict[str, float]:
         """One step of the optimiser; `env_steps` of all workers decide its size."""

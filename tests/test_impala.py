@@ -359,14 +359,14 @@ def test_every_actor_draws_for_itself_one_that_replaces_another_too():
 def lags_of_the_data(monkeypatch):
     """What learners see: their version less the unroll's, however the driver counts."""
     seen: Counter[int] = Counter()
-    gradient = ip.Learner.gradient
+    gradient = ip.Learner.backward
 
     def seeing(self, *unrolls):
         seen.update(self.version - unroll.version for unroll in unrolls)
         return gradient(self, *unrolls)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ip.Learner, "gradient", seeing)
+        patch.setattr(ip.Learner, "backward", seeing)
         yield seen
 
 

@@ -126,7 +126,7 @@ def test_two_learners_run_as_one_but_for_the_last_bits():
 def lags_of_the_data(monkeypatch):
     """What learners see: their version less each step's, however it is counted elsewhere."""
     seen: Counter[int] = Counter()
-    gradient = sr.Learner.gradient
+    gradient = sr.Learner.backward
 
     def seeing(self, *unrolls):
         for unroll in unrolls:
@@ -134,7 +134,7 @@ def lags_of_the_data(monkeypatch):
         return gradient(self, *unrolls)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sr.Learner, "gradient", seeing)
+        patch.setattr(sr.Learner, "backward", seeing)
         yield seen
 
 
@@ -163,13 +163,13 @@ def test_the_lag_that_is_recorded_is_the_lag_of_the_data(config, largest, monkey
 
 def test_the_version_may_change_within_an_unroll(monkeypatch):
     mixed = []
-    gradient = sr.Learner.gradient
+    gradient = sr.Learner.backward
 
     def seeing(self, *unrolls):
         mixed.extend(len(set(unroll.version.tolist())) for unroll in unrolls)
         return gradient(self, *unrolls)
 
-    monkeypatch.setattr(sr.Learner, "gradient", seeing)
+    monkeypatch.setattr(sr.Learner, "backward", seeing)
     train(QUICK)
     assert max(mixed) > 1
 
@@ -335,7 +335,7 @@ def test_rows_of_two_lives_are_never_in_one_unroll(monkeypatch):
     """Counter's steps tell: within an unroll each row follows from the one before."""
     register()
     config = replace(QUICK, env_id="test/Counter-v0", num_workers=3, unroll_length=4)
-    gradient, seen = sr.Learner.gradient, []
+    gradient, seen = sr.Learner.backward, []
 
     def looking(self, *unrolls):
         for unroll in unrolls:
@@ -344,7 +344,7 @@ def test_rows_of_two_lives_are_never_in_one_unroll(monkeypatch):
             seen.append(bool(follows.all()))
         return gradient(self, *unrolls)
 
-    monkeypatch.setattr(sr.Learner, "gradient", looking)
+    monkeypatch.setattr(sr.Learner, "backward", looking)
     whole = train(config).wall_time_s
     for restart_s in (None, 0.0, 0.02):
         seen.clear()
@@ -411,13 +411,13 @@ def children() -> set[int]:
 def test_workers_on_streams_killed_by_sigkill_are_replaced(monkeypatch):
     """Their rows go, those of the others stay: learning goes on."""
     workers = Counter()
-    learn = sr.Learner.gradient
+    learn = sr.Learner.backward
 
     def seeing(self, *unrolls):
         workers.update(unroll.actor for unroll in unrolls)
         return learn(self, *unrolls)
 
-    monkeypatch.setattr(sr.Learner, "gradient", seeing)
+    monkeypatch.setattr(sr.Learner, "backward", seeing)
     config = replace(STREAMS, num_envs=32, inference_batch=32, total_env_steps=400_000)
     with killing(after_s=0.7) as pids:
         result = train(config)
@@ -539,13 +539,13 @@ def test_a_run_on_streams_loses_no_unroll_at_a_rest(tmp_path, monkeypatch):
         train(replace(config, run_dir=str(folder), checkpoint_every_s=0.05))
         if kept := load_checkpoint(folder / "checkpoint.npz")["parts"]["streams"]["queue"]:
             break
-    gradient, seen = sr.Learner.gradient, []
+    gradient, seen = sr.Learner.backward, []
 
     def seeing(self, *unrolls):
         seen.extend(unrolls)
         return gradient(self, *unrolls)
 
-    monkeypatch.setattr(sr.Learner, "gradient", seeing)
+    monkeypatch.setattr(sr.Learner, "backward", seeing)
     resumed = train(replace(config, resume=str(folder), total_env_steps=3_000))
     assert resumed.extra["unrolls_dropped"] == 0
     assert kept

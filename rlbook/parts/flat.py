@@ -1,7 +1,7 @@
 """All parameters of a network as one vector, and all gradients as another.
 
     vector     [P]  │ weight 0 │ bias 0 │ weight 1 │ …     the network's parameters are views of it
-    gradients  [P]  │ its grad │  …                       backward() adds into it
+    gradients  [P]  │ its grad │  …              │ w │    backward() adds into it
 
 What travels, is split over servers, compressed or clipped is then a slice of one array. Views stay
 views as long as nobody replaces them: `zero_grad()` of PyTorch drops gradients, so zero the vector.
@@ -22,7 +22,9 @@ class Flat:
         parameters = list(network.parameters())
         self.vector = torch.cat([p.detach().reshape(-1) for p in parameters])
         """`[P]`, the parameters one after the other, in the order of `network.parameters()`."""
-        self.gradients = torch.zeros_like(self.vector)
+        self.weighted = self.vector.new_zeros(len(self.vector) + 1)
+        """`[P + 1]`, the gradients and behind them how much they count, to be added up at once."""
+        self.gradients = self.weighted[:-1]
         """`[P]`, likewise."""
         self.vector.grad = self.gradients
         start = 0
@@ -35,6 +37,14 @@ class Flat:
     def clip(self, max_norm: float) -> float:
         """Scales the gradient down to Euclidean norm `max_norm`; returns its norm before."""
         return clip_to_norm(self.gradients, max_norm)
+
+    def clipped(self, max_norm: float) -> float | torch.Tensor:
+        """The same; from a GPU the norm comes as a tensor, for which nobody has to wait."""
+        if not self.gradients.is_cuda:
+            return self.clip(max_norm)
+        norm = torch.linalg.vector_norm(self.gradients)
+        self.gradients.mul_((max_norm / norm).clamp(max=1.0))
+        return norm
 
 
 def clip_to_norm(gradient: torch.Tensor, max_norm: float) -> float:

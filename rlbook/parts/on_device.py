@@ -5,8 +5,8 @@
     host's parameters ──copy─┘ refresh()
 
 On one GPU that learns and acts, the learner's kernels are on one stream and those of acting on
-another, so that a small forward pass need not wait until a large update is over. Copies of rows
-come from pinned memory, so that they are on their stream too.
+another of higher priority, so that a small forward pass need not wait until a large update is over.
+Copies of rows come from pinned memory, so that they are on their stream too.
 """
 
 import copy
@@ -45,7 +45,7 @@ def there(array: Any, device: torch.device) -> torch.Tensor:
 
 
 def on_host(state: Any) -> Any:
-    """A tree of dicts, lists and tuples with all its tensors on the CPU; others stay as they are."""
+    """A tree of dicts, lists and tuples with all its tensors on the CPU."""
     if isinstance(state, torch.Tensor):
         return state.cpu()
     if isinstance(state, dict):
@@ -53,6 +53,18 @@ def on_host(state: Any) -> Any:
     if isinstance(state, list | tuple):
         return type(state)(map(on_host, state))
     return state
+
+
+def numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    """Metrics as plain numbers: those that are tensors of one number come to the host together."""
+    found = {name: one for name, one in metrics.items() if isinstance(one, torch.Tensor)}
+    values = torch.stack([one.detach() for one in found.values()]).tolist() if found else []
+    return {**metrics, **dict(zip(found, values, strict=True))}
+
+
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """At least float32: what autocast said in fewer bits must not be added up in them."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class OnDevice:
@@ -69,7 +81,7 @@ class OnDevice:
         self._theirs = list(network.parameters())
         self.network = copy.deepcopy(network).to(self.device)
         self._flat = Flat(self.network)
-        self._stream = torch.cuda.Stream(self.device) if self.cuda else None
+        self._stream = torch.cuda.Stream(self.device, priority=-1) if self.cuda else None
         self.refresh()
 
     def refresh(self) -> None:

@@ -4,10 +4,11 @@
     a batch ──┬─ share 1 ──► learner 1: gradient ─┼── all-reduce ───┼─► the same step
               └─ …                                ┘   (a mean)      └─► …
 
-On real processes the learners meet in `torch.distributed` (gloo) and reduce among themselves; the
-driver calls each of them once for an update. On the virtual clock one thread plays all, and nobody
-can wait for another inside a call: there each learner's gradient is handed on to every learner,
-which takes the mean. All have the same parameters, always: whoever asks, asks learner 0.
+On real processes the learners meet in `torch.distributed` and reduce among themselves, on their
+GPUs by NCCL or through the host by gloo (see :mod:`rlbook.plumbing.together`); the driver calls
+each of them once for an update. On the virtual clock one thread plays all, and nobody can wait for
+another inside a call: there each learner's gradient is handed on to every learner, which takes the
+mean. All have the same parameters, always: whoever asks, asks learner 0.
 """
 
 import os
@@ -15,19 +16,17 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from rlbook.parts.flat import Flat
-from rlbook.plumbing.group import GroupBroken, broken_if_it_fails
+from rlbook.parts.on_device import numbers, there
+from rlbook.plumbing.devices import HostCopy
 from rlbook.plumbing.param_server import Alive
 from rlbook.plumbing.runtime import ActorDiedError, RayRuntime, Reference, Runtime
-
-TIMEOUT_S = 120.0
-"""A learner that waits longer for the others gives up."""
+from rlbook.plumbing.together import GroupBroken, Together
 
 
 class Vector(NamedTuple):
@@ -59,86 +58,29 @@ def combined(shares: Sequence[Share], average: bool) -> np.ndarray:
     return total / max(1.0, sum(share.weight for share in shares)) if average else total
 
 
-class Peer(Alive):
-    """A learner, alone or one of several. A system says how it finds a gradient, and makes a step.
+class Ranked(Alive):
+    """A learner that may be one of several: how they meet, and add up what each has.
 
     Args:
         flat: the parameters and gradients.
-        config: of the system, with `loss_reduction` ("mean" over rows, or "sum"), `policy_delay`
-            (updates by which parameters for the actors are held back) and `broadcast_period`
-            (updates between two of them).
+        config: of the system.
+        average: the loss is a mean over rows, so that gradients count by their rows.
         metered: report how long it had no work (of the wall, so never on a virtual clock).
     """
 
-    _store: Any = None
-
-    def __init__(self, flat: Flat, config: Any, metered: bool = False) -> None:
-        self.flat, self.config, self.metered = flat, config, metered
-        self.version, self.size, self.average = 0, 1, config.loss_reduction == "mean"
-        self.history = deque([self.newest()], maxlen=config.policy_delay + 1)
+    def __init__(
+        self, flat: Flat, config: Any, average: bool = True, metered: bool = False
+    ) -> None:
+        self.flat, self.config, self.average, self.metered = flat, config, average, metered
+        self.rank, self.size = 0, 1
+        self.together: Together | None = None
+        self._store: Any = None
         self._ended_at = time.perf_counter()
 
-    def gradient(self, *unrolls: Any) -> Share:
-        """Of the loss on these unrolls."""
-        raise NotImplementedError
-
-    def step(self, *arguments: Any) -> dict[str, float]:
-        """Moves the parameters along `flat.gradients`; metrics."""
-        raise NotImplementedError
-
-    def update(
-        self, arguments: Sequence[Any], *unrolls: Any
-    ) -> tuple[dict[str, float], Vector | None]:
-        """One step on these unrolls, and on the others' if they have met: metrics, and parameters
-        for the actors if it is time.
-        """
-        began = time.perf_counter()
-        try:
-            metrics, weights = self.apply(arguments, self._reduced(self.gradient(*unrolls)))
-        except Exception:
-            self._leave()
-            raise
-        return metrics | self.idle(began), weights
-
-    def apply(
-        self, arguments: Sequence[Any], *shares: Share
-    ) -> tuple[dict[str, float], Vector | None]:
-        """One step along the gradient of all shares; losses are of the first share."""
-        whole = np.require(combined(shares, self.average), None, "W")
-        self.flat.gradients.copy_(torch.from_numpy(whole))
-        metrics = {**shares[0].metrics, **self.step(*arguments)}
-        self.version += 1
-        self.history.append(self.newest())
-        return metrics, None if self.version % self.config.broadcast_period else self.weights()
-
-    def idle(self, began: float) -> dict[str, float]:
-        """Of the time since the update before ended, the part until this one `began`: nothing was
-        there to do. Nothing to say if it is not metered.
-        """
-        if not self.metered:
-            return {}
-        before, self._ended_at = self._ended_at, time.perf_counter()
-        return {"learner_idle_fraction": (began - before) / (self._ended_at - before)}
-
-    def newest(self) -> Vector:
-        """The parameters after all updates so far."""
-        return Vector(self.version, self.flat.vector.cpu().numpy().copy())
-
-    def weights(self) -> Vector:
-        """The parameters that actors get now."""
-        return self.history[0]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Parameters with their history, and the version."""
-        history = [tuple(vector) for vector in self.history]
-        return {"parameters": self.newest().values, "version": self.version, "history": history}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from `state_dict`."""
-        self.flat.vector.copy_(torch.tensor(state["parameters"]))
-        self.version = state["version"]
-        self.history.clear()
-        self.history.extend(Vector(*kept) for kept in state["history"])
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.flat.vector.device
 
     def address(self) -> str:
         """This computer's, where others reach it."""
@@ -160,32 +102,134 @@ class Peer(Alive):
         if address == "127.0.0.1":  # gloo would look for the host's name otherwise
             (loopback,) = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
             os.environ["GLOO_SOCKET_IFNAME"] = loopback
-        store, limit = self._store or distributed.TCPStore(address, port), timedelta(0, TIMEOUT_S)
-        distributed.init_process_group(
-            "gloo", store=store, rank=rank, world_size=size, timeout=limit
-        )
-        self.size = size
+        store = self._store or distributed.TCPStore(address, port)
+        backend = getattr(self.config, "learner_backend", "auto")
+        self.together = Together(store, rank, size, self.device, backend, address)
+        self.rank, self.size = rank, size
 
-    def _reduced(self, share: Share) -> Share:
-        """What `combined` makes of the shares of all; alone, the share as it is."""
-        if self.size == 1:
-            return share
-        from torch import distributed
+    def reduce(self, weight: float) -> None:
+        """Makes the gradient of the whole batch of those of all shares, in its place; alone there
+        is nothing to do.
 
-        gradient = torch.from_numpy(share.gradient)
-        weight = gradient.new_tensor([share.weight])
-        whole = torch.cat([gradient * weight, weight])
-        with broken_if_it_fails():
-            distributed.all_reduce(whole)
-        mean = whole[:-1] / whole[-1].clamp(min=1) if self.average else whole[:-1]
-        return share._replace(gradient=mean.numpy(), weight=1.0)
+        Args:
+            weight: of the own gradient: its rows, where the loss is a mean over rows; else 1.
+        """
+        if self.together is None:
+            return
+        gradients, counts = self.flat.gradients, self.flat.weighted[-1:]
+        gradients.mul_(weight)
+        counts.fill_(weight)
+        self.together.add(self.flat.weighted)
+        if self.average:
+            gradients.div_(counts.clamp(min=1))
 
-    def _leave(self) -> None:
+    def lowest(self, numbers: np.ndarray) -> np.ndarray:
+        """The least that any learner has of each of these numbers; they travel as float64."""
+        if self.together is None:
+            return numbers
+        found = torch.from_numpy(numbers.astype(np.float64))
+        self.together.lowest(found)
+        return found.numpy()
+
+    def leave(self) -> None:
         """Who waits for this one learns at once that it does not come."""
-        from torch import distributed
+        if self.together is not None:
+            self.together.leave()
 
-        if self.size > 1 and distributed.is_initialized():
-            distributed.destroy_process_group()
+    def idle(self, began: float) -> dict[str, float]:
+        """Of the time since the update before ended, the part until this one `began`: nothing was
+        there to do. Nothing to say if it is not metered.
+        """
+        if not self.metered:
+            return {}
+        before, self._ended_at = self._ended_at, time.perf_counter()
+        return {"learner_idle_fraction": (began - before) / (self._ended_at - before)}
+
+
+class Peer(Ranked):
+    """A learner, alone or one of several. A system says how it finds a gradient, and makes a step.
+
+    Args:
+        flat: the parameters and gradients.
+        config: of the system, with `loss_reduction` ("mean" over rows, or "sum"), `policy_delay`
+            (updates by which parameters for the actors are held back) and `broadcast_period`
+            (updates between two of them).
+        metered: report how long it had no work (of the wall, so never on a virtual clock).
+    """
+
+    def __init__(self, flat: Flat, config: Any, metered: bool = False) -> None:
+        super().__init__(flat, config, config.loss_reduction == "mean", metered)
+        self.version = 0
+        self.history = deque([self.newest()], maxlen=config.policy_delay + 1)
+
+    def backward(self, *unrolls: Any) -> tuple[float, dict[str, Any]]:
+        """Leaves the gradient of the loss on these unrolls in `flat.gradients`: its weight (see
+        `reduce`), and metrics, numbers or tensors of one.
+        """
+        raise NotImplementedError
+
+    def step(self, *arguments: Any) -> dict[str, Any]:
+        """Moves the parameters along `flat.gradients`; metrics, likewise."""
+        raise NotImplementedError
+
+    def gradient(self, *unrolls: Any) -> Share:
+        """What `backward` leaves, to be handed on to all learners."""
+        weight, metrics = self.backward(*unrolls)
+        return Share(self.flat.gradients.cpu().numpy(), weight, numbers(metrics))
+
+    def update(
+        self, arguments: Sequence[Any], *unrolls: Any
+    ) -> tuple[dict[str, float], Vector | None]:
+        """One step on these unrolls, and on the others' if they have met: metrics, and parameters
+        for the actors if it is time.
+        """
+        began = time.perf_counter()
+        try:
+            weight, metrics = self.backward(*unrolls)
+            self.reduce(weight)
+            found, weights = self._moved(arguments, metrics)
+        except Exception:
+            self.leave()
+            raise
+        return found | self.idle(began), weights
+
+    def apply(
+        self, arguments: Sequence[Any], *shares: Share
+    ) -> tuple[dict[str, float], Vector | None]:
+        """One step along the gradient of all shares; losses are of the first share."""
+        self.flat.gradients.copy_(there(combined(shares, self.average), self.device))
+        return self._moved(arguments, shares[0].metrics)
+
+    def newest(self) -> Vector:
+        """The parameters after all updates so far."""
+        return Vector(self.version, HostCopy(self.flat).take())
+
+    def weights(self) -> Vector:
+        """The parameters that actors get now."""
+        return self.history[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Parameters with their history, and the version."""
+        history = [tuple(vector) for vector in self.history]
+        return {"parameters": self.newest().values, "version": self.version, "history": history}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from `state_dict`."""
+        HostCopy(self.flat).put(state["parameters"])
+        self.version = state["version"]
+        self.history.clear()
+        self.history.extend(Vector(*kept) for kept in state["history"])
+
+    def _moved(
+        self, arguments: Sequence[Any], metrics: dict[str, Any]
+    ) -> tuple[dict[str, float], Vector | None]:
+        """One step along `flat.gradients`."""
+        metrics = {**metrics, **self.step(*arguments)}
+        self.version += 1
+        arrived = HostCopy(self.flat).begin()  # parameters and metrics travel at once
+        found = numbers(metrics)
+        self.history.append(Vector(self.version, arrived()))
+        return found, None if self.version % self.config.broadcast_period else self.weights()
 
 
 class LearnerGroup:
@@ -233,8 +277,11 @@ class LearnerGroup:
 
     def answer(self, metrics: Reference) -> dict[str, float]:
         """The metrics of an update. An error of any learner is raised here."""
+        answers, first = self._answers[metrics], [metrics]
+        if self._meets:  # they have added up, so that all are there at about the same time
+            first = answers[:: len(answers) // len(self.learners)]
         try:
-            found = self.runtime.get(metrics)
+            found, *_ = self.runtime.get(first)
         except Exception:
             raise self._cause() from None
         del self._answers[metrics]

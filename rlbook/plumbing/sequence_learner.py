@@ -24,7 +24,7 @@ from rlbook.parts.replay import PrioritizedReplay, Sample
 from rlbook.parts.sequence_loss import priority, sequence_loss, td_errors
 from rlbook.parts.sequences import Rows, SequenceCutter, as_tensors
 from rlbook.plumbing.central import Finished
-from rlbook.plumbing.learner_group import Peer, Share
+from rlbook.plumbing.learner_group import Peer
 from rlbook.plumbing.rate_limiter import RateLimiter
 
 
@@ -154,7 +154,7 @@ class SequencePeer(Peer):
             self.flat_target.vector.copy_(self.flat.vector)
         return priorities, {**found, "gradient_norm": norm}
 
-    def gradient(self, *unrolls: Unroll) -> Share:
+    def backward(self, *unrolls: Unroll) -> tuple[float, dict[str, Any]]:
         """Keeps the unrolls and learns as often as is owed for them: no gradient is left, but means
         of the metrics, and "learner_steps", how often.
         """
@@ -169,7 +169,7 @@ class SequencePeer(Peer):
             found.append(metrics)
         means = {name: float(np.mean([one[name] for one in found])) for name in (found or [{}])[0]}
         means |= {"learner_steps": len(found), "replay_size": float(len(self.memory))}
-        return Share(self.flat.gradients.cpu().numpy(), 1.0, means)
+        return 1.0, means
 
     def step(self, env_steps: int) -> dict[str, float]:
         """Nothing: all steps are made."""
