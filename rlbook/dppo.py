@@ -26,8 +26,7 @@ rollouts in proportion to the workers' speeds on request (`balance`).
 Book: chapter 09
 """
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -44,27 +43,29 @@ from rlbook.harness.run import Result, Run
 from rlbook.maths.losses import clipped_surrogate_loss, entropy_loss, log_prob, value_loss
 from rlbook.maths.moments import moments
 from rlbook.parts.acting import Sampler
+from rlbook.parts.actor_copy import ActorCopy
 from rlbook.parts.envs import Envs, Episode, make_envs, require_discrete
 from rlbook.parts.flat import Flat
 from rlbook.parts.meter import Meter
 from rlbook.parts.minibatches import Minibatches
 from rlbook.parts.networks import ActorCritic, LivePolicy, SamplingPolicy
 from rlbook.parts.normalizer import Normalized
+from rlbook.parts.on_device import numbers, there, widened
 from rlbook.parts.surrogate import Batch, make_batch
 from rlbook.parts.unroll import collect_unroll, joined
 from rlbook.plumbing import param_server
 from rlbook.plumbing.cluster import own_runtime
+from rlbook.plumbing.devices import DeviceFields, autocast, compiled
 from rlbook.plumbing.group import Adder, GroupBroken, Member, held
 from rlbook.plumbing.lockstep import Conducted, Lockstep
 from rlbook.plumbing.runtime import Runtime
 from rlbook.plumbing.served_rounds import ServedRounds, in_pieces
 from rlbook.plumbing.shard import Gradient, ServerSettings, Weights, fates, put_weights
-from rlbook.plumbing.shared import SharedArrays
 from rlbook.plumbing.team import place_seed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
+class Config(DeviceFields, RunConfig):
     """Settings; the defaults solve CartPole-v1 in a second or two of training."""
 
     wiring: Literal["all_reduce", "parameter_server"] = "all_reduce"
@@ -121,6 +122,7 @@ class Config(RunConfig):
     def __post_init__(self) -> None:
         """Refuses bad values."""
         super().__post_init__()
+        self.check_devices()
         at_least(self, 1, "num_workers", "num_shards", "unroll_length", "epochs", "minibatch_size")
         within(self, 0.0, 1.0, "discount", "gae_lambda", "sync_fraction", "short_rollout")
         above(self, 0.0, "clip")
@@ -178,7 +180,8 @@ def loss_function(
     network: nn.Module, batch: Batch, config: Config
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped surrogate, value and entropy; `batch.advantage` is normalised already."""
-    logits, values = network(batch.observation)
+    with autocast(config, batch.action.device):
+        logits, values = map(widened, network(batch.observation))
     policy, metrics = clipped_surrogate_loss(
         log_probs=log_prob(logits, batch.action),
         behaviour_log_probs=batch.behaviour_log_prob,
@@ -213,9 +216,6 @@ class Statistics(NamedTuple):
     """(steps, seconds)."""
 
 
-Shared = SharedArrays | None
-
-
 class Worker(Member):
     """Acts, and learns with the others.
 
@@ -224,23 +224,26 @@ class Worker(Member):
         index: worker 0 draws as the single process of chapter 04 does.
         born: how many workers were in this place before (they died): a new one draws anew.
         meter: report where the time went (of the wall, so never on a virtual clock).
-        memory: `finished` `[N]`, the last round of which each has finished the rollout.
+        board: a `Board`, where all note who has finished the rollout; or None.
     """
 
     def __init__(
-        self, config: Config, index: int, born: int = 0, meter: bool = False, memory: Shared = None
+        self, config: Config, index: int, born: int = 0, meter: bool = False, board: Any = None
     ) -> None:
         torch.set_num_threads(1)
         seed = place_seed(config.seed, index, born)
-        super().__init__(config, index, memory)
+        super().__init__(config, index, board)
         self.config, self.envs = config, make_envs(config.env_id, config.num_envs, seed)
-        self.network: Any = make_network(config, self.envs)
+        self.network: Any = make_network(config, self.envs).to(self.device)
         self.flat, rate = Flat(self.network), config.learning_rate
         self.optimizer = torch.optim.Adam([self.flat.vector], lr=rate, fused=True)
-        self.sampler = Sampler(self.network, config.num_envs, np.random.default_rng([seed, 1]))
+        self.actor = ActorCopy(self.network, self.device)
+        compiled(self.network, config)
+        rng = np.random.default_rng([seed, 1])
+        self.sampler = Sampler(self.actor.network, config.num_envs, rng)
         self.rng = np.random.default_rng([seed, 2])
         self.minibatches: Minibatches | None = None
-        self.metrics: dict[str, Tensor] = {}
+        self.metrics: dict[str, Any] = {}
         self.meter = Meter(meter)
         self.meter.watch(self.envs, "step", "env")
         self.meter.watch(self.sampler, "act", "inference")
@@ -252,6 +255,7 @@ class Worker(Member):
             self.meter.begin()
             if self.config.normalize_observations:
                 self.network.normalizer.renew()
+            self.actor.refresh()
         more, before = collect_unroll(self.envs, self.act, steps, cut), self.collected
         self.collected = more if before is None else joined(before, more)
 
@@ -262,10 +266,10 @@ class Worker(Member):
     def statistics(self) -> Statistics:
         """Ends the rollout: advantages, minibatches, and what the others must know of them."""
         config, unroll, self.collected = self.config, held(self.collected), None
-        batch, seen = make_batch(self.network, unroll, config), np.empty((3, 0))
+        batch, seen = make_batch(self.actor.network, unroll, config), np.empty((3, 0))
         self.steps, self.samples = len(unroll.valid), len(batch.action)
-        normalized = config.normalize_advantages
-        self.minibatches = Minibatches(batch, config.epochs, config.parts, self.rng, normalized)
+        settings = config.epochs, config.parts, self.rng, config.normalize_advantages
+        self.minibatches = Minibatches(batch, *settings, self.device)
         if config.normalize_observations:
             seen = np.stack([part.numpy() for part in moments(batch.observation.double())])
         return Statistics(self.minibatches.moments, seen, np.zeros(2))
@@ -274,11 +278,6 @@ class Worker(Member):
         """Takes in everybody's, in the same order as all do."""
         held(self.minibatches).agree([one.advantages for one in statistics])
         self.observe(*statistics)
-
-    def observe(self, *statistics: Statistics) -> None:
-        """Notes what was observed, for the normaliser."""
-        if self.config.normalize_observations:
-            self.network.normalizer.note([one.observations for one in statistics])
 
     def differentiate(self, k: int) -> float:
         """Leaves the mean gradient of this worker's rows of the k-th minibatch in
@@ -290,19 +289,24 @@ class Worker(Member):
         if len(batch.action):
             loss, self.metrics = loss_function(self.network, batch, self.config)
             loss.backward()
+        self.finish()
         return minibatches.shares[k]
 
-    def share(self, k: int) -> np.ndarray:
-        """This worker's part of the mean gradient of all, `[P]`: the parts' sum is the mean."""
+    def weigh(self, k: int) -> None:
+        """Leaves this worker's part of the mean gradient of all: the parts' sum is the mean."""
         self.flat.gradients.mul_(self.differentiate(k))
-        return self.flat.gradients.numpy()
+
+    def share(self, k: int) -> np.ndarray:
+        """The same, `[P]`."""
+        self.weigh(k)
+        return self.flat.gradients.cpu().numpy()
 
     def apply(self, total: np.ndarray | None = None) -> None:
         """One step with the sum of all parts: `total`, or what is in `flat.gradients`."""
         if total is not None:
-            np.copyto(self.flat.gradients.numpy(), total)
+            self.flat.gradients.copy_(there(total, self.device))
         norm = self.flat.clip(self.config.max_gradient_norm)
-        self.metrics["gradient_norm"] = torch.tensor(norm)
+        self.metrics["gradient_norm"] = norm
         self.optimizer.step()
         self.updates += 1
 
@@ -311,7 +315,7 @@ class Worker(Member):
         try:
             self.play()
             for k in range(self.config.minibatches):
-                self.share(k)
+                self.weigh(k)
                 self.group.add(self.flat.gradients)
                 self.apply()
         except GroupBroken:
@@ -319,21 +323,15 @@ class Worker(Member):
             return None
         return self.report()
 
-    def play(self) -> None:
-        """A round's rollout, and everybody's statistics of theirs."""
-        self.rounds, self.collected, began = self.rounds + 1, None, time.perf_counter()
-        self.collect(self.pace.lengths[self.index], self.is_late if self.haste.on else None)
-        spent = time.perf_counter() - began
-        self.is_ready()
-        mine = self.statistics()
-        mine = mine._replace(pace=np.array([self.steps, spent]))
-        everybody = [Statistics(*arrays) for arrays in self.group.gather(mine)]
-        self.agree(*everybody)
-        self.pace.hear([one.pace for one in everybody])
+    def receive(self, weights: Sequence[Weights]) -> None:
+        """Takes over parameters of a server."""
+        host = self.flat.vector.cpu()
+        put_weights(host.numpy(), weights)
+        self.flat.vector.copy_(host)
 
     def rollout(self, steps: int, *weights: Weights) -> tuple[Report, Statistics]:
         """With a server: so many steps of all copies with these parameters."""
-        put_weights(self.flat.vector.numpy(), weights)
+        self.receive(weights)
         self.collected = None
         self.collect(steps)
         mine, self.metrics = self.statistics(), {}
@@ -341,17 +339,17 @@ class Worker(Member):
 
     def gradient(self, k: int, *weights: Weights) -> tuple[Report | Gradient, ...]:
         """With a server: the k-th minibatch's gradient, in pieces for the shards."""
-        put_weights(self.flat.vector.numpy(), weights)
+        self.receive(weights)
         self.differentiate(k)
         self.metrics["gradient_norm"] = torch.linalg.vector_norm(self.flat.gradients)
         samples = len(held(self.minibatches).rows[k])
-        pieces = in_pieces(self.flat.gradients.numpy(), weights, samples)
+        pieces = in_pieces(self.flat.gradients.cpu().numpy(), weights, samples)
         return self.report(k == self.config.minibatches - 1)._replace(env_steps=0), *pieces
 
     def report(self, whole: bool = True) -> Report:
         """How the rollout and the newest gradient were; of a `whole` round, where its time went."""
-        metrics = {name: value.item() for name, value in self.metrics.items()}
-        metrics |= {"unroll_length_mean": float(self.steps)} | self.traffic(self.samples)
+        metrics = numbers(self.metrics) | {"unroll_length_mean": float(self.steps)}
+        metrics |= self.traffic(self.samples)
         metrics |= self.meter.fractions() if whole else {}
         return Report(self.samples, self.updates, self.envs.episodes(), metrics)
 
@@ -401,7 +399,7 @@ def units_of_work(config: Config) -> dict[str, Callable[[], object]]:
     worker = Worker(config, 0)
     worker.collect(config.unroll_length)
     worker.agree(worker.statistics())
-    vector, actions = worker.flat.vector.numpy(), np.zeros(config.num_envs, np.int64)
+    vector, actions = worker.flat.vector.cpu().numpy(), np.zeros(config.num_envs, np.int64)
     return param_server.server_units(vector, server_settings(config)) | {
         "env_step": lambda: worker.envs.step(actions),
         "inference": lambda: worker.act(worker.envs.env_output.observation),

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from rlbook.maths.moments import Moments, merge_moments, moments
+from rlbook.parts.on_device import there
 from rlbook.parts.surrogate import Batch
 
 EPSILON = 1e-8
@@ -31,10 +32,17 @@ class Minibatches:
         parts: minibatches of a pass.
         rng: shuffles.
         normalized: bring advantages to mean 0 and deviation 1.
+        device: where the rows are learnt from; they go there at once.
     """
 
     def __init__(
-        self, batch: Batch, epochs: int, parts: int, rng: np.random.Generator, normalized: bool
+        self,
+        batch: Batch,
+        epochs: int,
+        parts: int,
+        rng: np.random.Generator,
+        normalized: bool,
+        device: torch.device | None = None,
     ) -> None:
         self.batch, self.normalized = batch, normalized
         self.rows = [
@@ -45,6 +53,9 @@ class Minibatches:
         found = [moments(batch.advantage[rows]) for rows in self.rows]
         self.moments = np.array([[float(part) for part in one] for one in found]).T
         """`[3, epochs × parts]` float64: rows, mean and squares of the advantages of each."""
+        if device is not None and device.type != "cpu":
+            self.batch = Batch(*(there(column, device) for column in batch))
+            self.rows = [there(rows, device) for rows in self.rows]
 
     def agree(self, everybody: Sequence[np.ndarray]) -> None:
         """Takes in the `moments` of all workers; all do so in the same order."""

@@ -51,7 +51,8 @@ class Normalizer(nn.Module):
 
     def note(self, everybody: Sequence[np.ndarray]) -> None:
         """Keeps moments of new observations, `[3, ...]` of each worker, until `renew`."""
-        found = [Moments(*torch.from_numpy(np.array(one))) for one in everybody]
+        place = self.mean.device
+        found = [Moments(*torch.from_numpy(np.array(one)).to(place)) for one in everybody]
         self._noted.append(reduce(merge_moments, found))
 
     def renew(self) -> None:
@@ -68,7 +69,7 @@ class Normalizer(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Continues from `get_extra_state`."""
-        self._noted = [Moments(*seen) for seen in state.clone()]
+        self._noted = [Moments(*seen) for seen in state.clone().to(self.mean.device)]
 
     def forward(self, observation: Tensor) -> Tensor:
         """`[N, ...]` → the same, normalised; as it came until something has been merged."""

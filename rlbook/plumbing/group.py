@@ -1,6 +1,7 @@
 """What workers need that learn together without a server: sums over all, a pace, a rule for haste.
 
-    Group    all_reduce and all_gather of torch.distributed (gloo), between processes
+    Group    all_reduce and all_gather of torch.distributed, between processes
+    Board    who has finished the rollout, in memory that all processes of a computer see
     Adder    the same sum by an object, for a cluster that a driver conducts
     Pace     how fast each worker is, and how many steps it shall take next
     Haste    when a rollout is cut short, because most others have finished theirs
@@ -13,22 +14,26 @@ meet anew.
 import os
 import sys
 import time
-from collections.abc import Sequence
-from datetime import timedelta
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
-from torch import Tensor, distributed, from_numpy, nn, optim
+import torch
+from torch import Tensor, distributed, from_numpy, optim
 
 from rlbook.parts.meter import Meter
+from rlbook.parts.on_device import on_host
+from rlbook.plumbing.devices import device_here
 from rlbook.plumbing.param_server import Alive
 from rlbook.plumbing.runtime import ActorDiedError
 from rlbook.plumbing.shared import SharedArrays
-from rlbook.plumbing.together import AWAKE_S, broken_if_it_fails
+from rlbook.plumbing.together import AWAKE_S, Together, broken_if_it_fails
 from rlbook.plumbing.together import GroupBroken as GroupBroken
+from rlbook.plumbing.torchrun import launched, store
 
 Held = TypeVar("Held")
+
+LOOPBACK = "127.0.0.1"
 
 SMOOTHING = 0.5
 """Weight of the newest measurement of a worker's speed."""
@@ -45,40 +50,55 @@ def _finish(work: Any) -> None:
 
 
 class Group:
-    """This process's place among `size` processes on this computer; made by all at once.
+    """This process's place among `size` processes; made by all at once.
 
     Args:
-        meeting: path of a file that does not exist yet, the same for all; they meet there.
+        meeting: path of a file that does not exist yet, the same for all; they meet there. If
+            torchrun started them, a word that is new: they meet in its store.
         rank: 0 … size − 1.
         size: N; with 1 every sum is what went in.
+        device: where the vectors are that are added up; the CPU by default.
+        backend: "nccl", "gloo" or "auto", as `Together` has it.
         timeout_s: who waits longer for the others gives up; of a death it learns at once.
 
     Raises:
         GroupBroken: the others did not come.
+        ValueError: "nccl", but not everybody has a GPU of its own.
     """
 
-    def __init__(self, meeting: str, rank: int, size: int, timeout_s: float = 300.0) -> None:
+    def __init__(
+        self,
+        meeting: str,
+        rank: int,
+        size: int,
+        device: torch.device | None = None,
+        backend: str = "auto",
+        timeout_s: float = 300.0,
+    ) -> None:
         self.rank, self.size = rank, size
         self.sent = 0.0
         """Bytes that left this process in sums (as in a ring, 2 (N − 1)/N of each) and gathers."""
+        self._together: Together | None = None
         if size == 1:
             return
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+        launch, address = launched(), LOOPBACK
+        if launch is None or launch.alone:  # gloo would look for the computer's name otherwise
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+        else:
+            address = os.environ["MASTER_ADDR"]
         with broken_if_it_fails():
-            distributed.init_process_group(
-                "gloo",
-                init_method=Path(meeting).as_uri(),
-                rank=rank,
-                world_size=size,
-                timeout=timedelta(seconds=timeout_s),
+            place: Any = (
+                distributed.FileStore(meeting, size)
+                if launch is None
+                else distributed.PrefixStore(meeting, store())
             )
+        self._together = Together(place, rank, size, device, backend, address, timeout_s)
 
     def add(self, vector: Tensor) -> None:
         """Puts the sum of all workers' vectors in the place of each, the same bits everywhere."""
-        if self.size > 1:
+        if self._together is not None:
             self.sent += 2 * (self.size - 1) / self.size * vector.nbytes
-            with broken_if_it_fails():
-                _finish(distributed.all_reduce(vector, async_op=True))
+            self._together.add(vector)
 
     def gather(self, arrays: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
         """Everybody's arrays, by rank; all give the same shapes. Travels as float64."""
@@ -100,8 +120,8 @@ class Group:
 
     def close(self) -> None:
         """Leaves the group: who still waits for this process learns that it is gone."""
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
+        if self._together is not None:
+            self._together.leave()
 
 
 class Adder(Alive):
@@ -197,23 +217,56 @@ def held(what: Held | None) -> Held:
     return what
 
 
+class Board(Protocol):
+    """Where workers note which round's rollout they have finished."""
+
+    def put(self, index: int, rounds: int) -> None:
+        """Worker `index` has finished this round's."""
+
+    def finished(self, rounds: int) -> int:
+        """How many have finished this round's."""
+
+
+class SharedBoard:
+    """In memory that all processes see which inherit `memory.descriptor`.
+
+    Args:
+        size: workers.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.memory = SharedArrays({"finished": ((size,), np.int64)})
+
+    def put(self, index: int, rounds: int) -> None:
+        """Worker `index` has finished this round's."""
+        self.memory["finished"][index] = rounds
+
+    def finished(self, rounds: int) -> int:
+        """How many have finished this round's."""
+        return int((self.memory["finished"] >= rounds).sum())
+
+
 class Member(Alive):
-    """A worker of a group, whose system gives it its parts: `network`, `optimizer`, `rng`, ….
+    """A worker of a group, whose system gives it its parts (`network`, `optimizer`, `rng`, …) and
+    `collect(steps, cut)`, `statistics()`, `agree(*statistics)`.
 
     Args:
         config: of the system.
         index: its rank.
-        memory: `finished` `[N]`, the last round of which each has finished the rollout; or None.
+        board: where all note who has finished the rollout; or None.
     """
 
-    network: nn.Module
+    network: Any
     optimizer: optim.Optimizer
     rng: np.random.Generator
     meter: Meter
     group: Group
+    steps: int
 
-    def __init__(self, config: Any, index: int, memory: SharedArrays | None) -> None:
-        self.index, self.memory = index, memory
+    def __init__(self, config: Any, index: int, board: Board | None) -> None:
+        self.config, self.index, self.board = config, index, board
+        launch = launched()
+        self.device = device_here(config, index if launch is None else launch.local_rank)
         self.pace, self.haste = Pace.of(config), Haste.of(config)
         self.rounds = self.updates = 0
         self.collected: Any = None
@@ -224,22 +277,55 @@ class Member(Alive):
         """Meets the others, in place of those it met before."""
         if hasattr(self, "group"):
             self.group.close()
-        self.group = Group(meeting, rank, size)
+        self.group = Group(meeting, rank, size, self.device, self.config.learner_backend)
         self.meter.watch(self.group, "add", "waiting")
         self.meter.watch(self.group, "gather", "waiting")
 
     def is_ready(self) -> None:
         """Lets the others know that this round's rollout is finished."""
-        if self.memory is not None:
-            self.memory["finished"][self.index] = self.rounds
+        if self.board is not None:
+            self.board.put(self.index, self.rounds)
 
     def is_late(self, steps: int) -> bool:
         """Whether to leave a rollout at so many steps, because of those who have finished."""
-        if self.memory is None:
+        length, size = self.pace.lengths[self.index], self.pace.size
+        if self.board is None or not self.haste.cuts(steps, length, size, size):
             return False
-        finished = self.memory["finished"] >= self.rounds
-        length = self.pace.lengths[self.index]
-        return self.haste.cuts(steps, length, int(finished.sum()), len(finished) - 1)
+        return self.haste.cuts(steps, length, self.board.finished(self.rounds), size - 1)
+
+    def collect(self, steps: int, cut: Callable[[int], bool] | None = None) -> None:
+        """So many steps of all copies, or fewer if `cut` says so."""
+        raise NotImplementedError
+
+    def statistics(self) -> Any:
+        """Ends the rollout: a tuple of arrays that all must know, `pace` among them."""
+        raise NotImplementedError
+
+    def agree(self, *statistics: Any) -> None:
+        """Takes in everybody's."""
+        raise NotImplementedError
+
+    def play(self) -> None:
+        """A round's rollout, and everybody's statistics of theirs."""
+        self.rounds, self.collected, began = self.rounds + 1, None, time.perf_counter()
+        self.collect(self.pace.lengths[self.index], self.is_late if self.haste.on else None)
+        spent = time.perf_counter() - began
+        self.is_ready()
+        mine = self.statistics()
+        mine = mine._replace(pace=np.array([self.steps, spent]))
+        everybody = [type(mine)(*arrays) for arrays in self.group.gather(mine)]
+        self.agree(*everybody)
+        self.pace.hear([one.pace for one in everybody])
+
+    def observe(self, *statistics: Any) -> None:
+        """Notes what was observed, for the normaliser."""
+        if self.config.normalize_observations:
+            self.network.normalizer.note([one.observations for one in statistics])
+
+    def finish(self) -> None:
+        """Waits until a GPU has done what it was told: what comes then can be timed."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def traffic(self, env_steps: int) -> dict[str, float]:
         """What was sent to the others since this was last asked, for so many steps of its own."""
@@ -251,12 +337,12 @@ class Member(Alive):
 
     def policy(self) -> dict[str, Any]:
         """The network's state."""
-        return self.network.state_dict()
+        return on_host(self.network.state_dict())
 
     def knowledge(self) -> dict[str, Any]:
         """What all have in common after a round."""
         common = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
-        return {**common, "rounds": self.rounds, "updates": self.updates}
+        return {**on_host(common), "rounds": self.rounds, "updates": self.updates}
 
     def learn_from(self, knowledge: dict[str, Any]) -> None:
         """Becomes one of them; what this worker has collected is dropped."""

@@ -1,6 +1,7 @@
 """Workers that learn in lockstep, without a server: real ones that meet, and virtual ones.
 
-    Lockstep    a crew of processes: one request is a whole round; sums go from worker to worker
+    Lockstep    a crew of processes, or the ranks that torchrun started: one request is a whole
+                round; sums go from worker to worker
     Conducted   the same round on a runtime, call by call: an `Adder` sums, a driver conducts
 
     round: collect · statistics ──► agree (everybody's) · for each minibatch: share ──► Σ ──► apply
@@ -24,11 +25,11 @@ import torch
 from rlbook.parts.flat import Flat
 from rlbook.plumbing.crew import Crew, CrewError
 from rlbook.plumbing.deeds import StandIn
-from rlbook.plumbing.group import Adder, Haste, Pace
+from rlbook.plumbing.group import Adder, Haste, Pace, SharedBoard
 from rlbook.plumbing.param_server import alive
 from rlbook.plumbing.runtime import ActorDiedError, Reference, Runtime
-from rlbook.plumbing.shared import SharedArrays
 from rlbook.plumbing.timeline import Timeline
+from rlbook.plumbing.torchrun import RankCrew, StoreBoard, launched, serve
 
 PIECES = 8
 """A rollout that may be cut is asked for in so many pieces."""
@@ -38,22 +39,16 @@ Turn = tuple[list[Any], tuple[()]]
 
 
 class Lockstep:
-    """Processes on this computer that meet through `torch.distributed`.
+    """Processes that meet through `torch.distributed`: new ones on this computer, or, if torchrun
+    started this one, it and the other ranks.
 
     Args:
-        kind: the workers' class, made with (config, index, died in this place, True, memory).
+        kind: the workers' class, made with (config, index, died in this place, True, board).
         config: of the system, with `num_workers`.
     """
 
     def __init__(self, kind: type, config: Any) -> None:
-        size = config.num_workers
-        memory = SharedArrays({"finished": ((size,), np.int64)})
-        self.crew = Crew(
-            kind,
-            lambda index, born: (config, index, born, True, memory),
-            size,
-            inherit=[memory.descriptor],
-        )
+        self.crew = make_crew(kind, config)
         self.meetings = self.updates = self.mended = 0
         """Groups so far; updates in all rounds that were completed; rounds that were lost."""
         self._met = list(self.crew.born)
@@ -164,6 +159,22 @@ class Lockstep:
         """Continues from `state_dict`."""
         self.crew.load_state_dict(state)
         self.updates = state["updates"]
+
+
+def make_crew(kind: type, config: Any) -> Crew:
+    """Workers in new processes, or in the ranks that torchrun started.
+
+    SystemExit in a rank other than 0, which has served until rank 0 let it go.
+    """
+    size = config.num_workers
+    if (launch := launched()) is not None:
+        if launch.rank:
+            raise SystemExit(serve())
+        board = StoreBoard(size) if Haste.of(config).on else None
+        return RankCrew(kind, lambda index, born: (config, index, born, True, board), size)
+    shared = SharedBoard(size)
+    inherit = [shared.memory.descriptor]
+    return Crew(kind, lambda index, born: (config, index, born, True, shared), size, inherit)
 
 
 class Conducted:

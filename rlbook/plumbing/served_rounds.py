@@ -17,6 +17,7 @@ import torch
 from rlbook.parts.flat import Flat
 from rlbook.plumbing.codecs import Identity
 from rlbook.plumbing.deeds import StandIn
+from rlbook.plumbing.devices import placed
 from rlbook.plumbing.group import Pace
 from rlbook.plumbing.lockstep import rollout_costs
 from rlbook.plumbing.param_server import ParameterServer, shard_bounds
@@ -206,6 +207,7 @@ class ServedRounds:
             self._kind,
             costs={name: costs[name] for name in ("rollout", "gradient")},
             returns={"rollout": rollout, "gradient": (self._report(0), *pieces)},
+            **placed(self.config),
         )
         return remote.remote(self.config, index, born, isinstance(self.runtime, RayRuntime))
 
