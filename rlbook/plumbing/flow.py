@@ -20,7 +20,8 @@ import numpy as np
 from rlbook.plumbing.deeds import StandIn
 from rlbook.plumbing.fleet import Fleet
 from rlbook.plumbing.learner_group import LearnerGroup, Vector
-from rlbook.plumbing.runtime import RayRuntime, Reference, Runtime
+from rlbook.plumbing.param_server import alive
+from rlbook.plumbing.runtime import ActorDiedError, RayRuntime, Reference, Runtime
 
 
 class Asked(NamedTuple):
@@ -47,7 +48,7 @@ class Turn(NamedTuple):
     """What came: an unroll, or an update with its metrics."""
 
     asked: Asked | Update
-    """An unroll has no report if its actor died."""
+    """An unroll has no report if its actor died, or if it was lost with the host that kept it."""
     metrics: dict[str, float] | None = None
 
 
@@ -128,7 +129,12 @@ class Flow:
                 asked = asked._replace(report=report)
                 self.queue.append(asked)
             return Turn(asked)
-        metrics = self.learners.answer(reference)
+        try:
+            metrics = self.learners.answer(reference)
+        except ActorDiedError:
+            if not self._alone_and_alive():
+                raise
+            return self._lost(asked)
         self.made += 1
         if self.made % self.config.broadcast_period == 0:
             self._hand_out(asked.weights)
@@ -167,6 +173,21 @@ class Flow:
         self.free = deque([place for _ in times for place in range(len(self.actors))])
         self.weights = None
 
+    def _alone_and_alive(self) -> bool:
+        """Whether there is one learner, which lives: then an update that died never began. Where
+        several meet, the others wait for the one without data, and the run ends.
+        """
+        learners = self.learners.learners
+        return len(learners) == 1 and alive(self.runtime, learners[0])
+
+    def _lost(self, update: Update) -> Turn:
+        """Data of an update is gone with the host that kept it: so are the unrolls of its batch."""
+        self.updates -= 1
+        self.dropped += len(update.batch)
+        if self.waits:
+            self.free.extend(one.actor for one in update.batch)
+        return Turn(update.batch[0]._replace(report=None))
+
     def _hand_out(self, weights: Reference) -> None:
         self.weights, self.version = weights, max(0, self.made - self.config.policy_delay)
 
@@ -196,6 +217,8 @@ def remote_flow(
 
     On a virtual cluster an unroll costs T times "env_step" and "inference"; an update costs each
     learner a "learn" for each unroll of its share, and an "apply".
+
+    Learners get GPUs as `config` says (see :func:`~rlbook.plumbing.devices.placed`).
 
     Args:
         runtime: where they live; on real processes they measure where their time goes.
