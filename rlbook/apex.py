@@ -325,8 +325,8 @@ class Learner(ReplayLearner):
         size, least = batch.size, batch.smallest
         sample = weighed(sample, size=size, exponent=exponent, smallest=least)
         networks, double = (self.online, self.target), config.double
-        found = td_gradient(self.flat, networks, sample, double, cast=self.cast())
-        return Found(found[0] + SMALLEST_PRIORITY, len(found[0]), found[1])
+        absolute, metrics = td_gradient(self.flat, networks, sample, double, self.cast())
+        return Found(absolute + SMALLEST_PRIORITY, len(absolute), metrics)
 
 
 def turn(flow: ReplayFlow) -> Turn:

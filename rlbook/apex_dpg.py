@@ -274,8 +274,8 @@ class Learner(ReplayLearner):
         exponent = config.importance_exponent if config.prioritized else 0.0
         size, least = batch.size, batch.smallest
         sample = weighed(sample, size=size, exponent=exponent, smallest=least)
-        found = dpg_gradient(self.flat, self.networks, sample, cast=self.cast())
-        return Found(found[0] + SMALLEST_PRIORITY, len(found[0]), found[1])
+        absolute, metrics = dpg_gradient(self.flat, self.networks, sample, self.cast())
+        return Found(absolute + SMALLEST_PRIORITY, len(absolute), metrics)
 
 
 def turn(flow: ReplayFlow) -> Turn:

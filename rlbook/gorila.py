@@ -49,7 +49,7 @@ from rlbook.parts.envs import Envs, Episode, make_envs, require_discrete
 from rlbook.parts.flat import Flat
 from rlbook.parts.meter import Meter
 from rlbook.parts.networks import GreedyPolicy, LivePolicy, QNetwork
-from rlbook.parts.q_learning import Player, joined, td_gradient
+from rlbook.parts.q_learning import Player, clipped_td_gradient, joined
 from rlbook.parts.replay import Sample
 from rlbook.plumbing import param_server
 from rlbook.plumbing.cluster import own_runtime
@@ -254,7 +254,7 @@ class Learner(Alive):
     def differentiate(self, sample: Sample) -> dict[str, float]:
         """Leaves the clipped gradient in `flat.gradients`; metrics, with the loss."""
         networks, limit = (self.online, self.target), self.config.max_gradient_norm
-        return td_gradient(self.flat, networks, sample, self.config.double, limit)[1]
+        return clipped_td_gradient(self.flat, networks, sample, self.config.double, limit)[1]
 
     def state_dict(self) -> dict[str, Any]:
         """The target network and the version that it is."""

@@ -21,6 +21,7 @@ from rlbook.plumbing.faults import sigkill
 from rlbook.plumbing.learner_group import Vector
 from rlbook.plumbing.memory_shard import MemoryShard, Part
 from rlbook.plumbing.rate_limiter import RateLimiter
+from rlbook.plumbing.replay_learner import Found
 from rlbook.plumbing.runtime import RayRuntime
 from rlbook.plumbing.virtual import VirtualRuntime
 from tests.runs import assert_same_run, same_parameters
@@ -245,7 +246,8 @@ def test_each_row_is_learnt_from_once_and_its_priority_returns_to_its_shard():
 def test_every_batch_of_a_draw_has_rows_of_all_strata():
     learner = apex.Learner(replace(QUICK, updates_per_call=4))
     seen = []
-    learner.update = lambda batch: (seen.append(batch.sample.keys) or np.ones(16), {"loss": 0.0})
+    found = Found(np.ones(16), 16, {"loss": 0.0})
+    learner.gradient = lambda batch: seen.append(batch.sample.keys) or found
     for _ in range(50):
         learner.learn(*parts_of(64))
     assert all(np.array_equal(np.sort(keys) // 4, np.arange(16)) for keys in seen)

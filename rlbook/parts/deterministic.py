@@ -21,7 +21,7 @@ from rlbook.parts.envs import Envs
 from rlbook.parts.flat import Flat
 from rlbook.parts.n_step import Trail
 from rlbook.parts.networks import MLPTorso, make_torso
-from rlbook.parts.on_device import there
+from rlbook.parts.on_device import there, widened
 from rlbook.parts.replay import Sample
 
 TAKEN, BEST = 0, 1
@@ -124,9 +124,8 @@ def dpg_gradient(
     flat: Flat,
     networks: tuple[DeterministicNetwork, DeterministicNetwork],
     sample: Sample,
-    limit: float | None = None,
     cast: AbstractContextManager[Any] | None = None,
-) -> tuple[np.ndarray, dict[str, float]]:
+) -> tuple[Tensor, dict[str, Any]]:
     """Leaves two gradients in `flat.gradients`, each in its own part: of the critic's loss, half
     the mean of weighted squared TD errors, and of −Q(x, μ(x)), with ∇_a Q clipped to ±1.
 
@@ -134,35 +133,31 @@ def dpg_gradient(
         flat: of the online network.
         networks: online and target.
         sample: a batch, `[N, ...]`, and the weight of each row.
-        limit: the gradient is scaled down to this Euclidean norm; None leaves it as it is.
         cast: in which the networks are asked and the loss is made, such as `torch.autocast`.
 
     Returns:
-        |TD errors| `[N]`, and loss, policy_loss, td_error_mean, gradient_norm (before clipping, if
-        it is asked).
+        |TD errors| `[N]`, and loss, policy_loss, td_error_mean, all where the network is: nothing
+        is waited for.
     """
     (online, target), device = networks, flat.vector.device
     cast = cast or nullcontext()
     obs_tm1, a_tm1, r_t, discount_t, obs_t = (there(column, device) for column in sample.items)
     with cast:
         with torch.no_grad():
-            goal = r_t + discount_t * target.value(obs_t, target(obs_t))
-        errors = goal - online.value(obs_tm1, a_tm1)
+            goal = r_t + discount_t * widened(target.value(obs_t, target(obs_t)))
+        errors = goal - widened(online.value(obs_tm1, a_tm1))
         loss = 0.5 * (there(sample.weights, device) * errors.square()).mean()
     flat.gradients.zero_()
     loss.backward()
     with cast:
         action = online(obs_tm1)
         held = action.detach().requires_grad_()
-        q = online.value(obs_tm1, held)
+        q = widened(online.value(obs_tm1, held))
     (slope,) = torch.autograd.grad(q.sum(), held)  # of the action alone: the critic stays
     action.backward(-slope.clamp(-1, 1) / len(slope))
     absolute = errors.detach().abs()
-    metrics = {"loss": loss.item(), "policy_loss": -q.mean().item()}
-    metrics["td_error_mean"] = absolute.mean().item()
-    if limit is not None:
-        metrics["gradient_norm"] = flat.clip(limit)
-    return absolute.cpu().numpy(), metrics
+    metrics = {"loss": loss.detach(), "policy_loss": -q.detach().mean()}
+    return absolute, {**metrics, "td_error_mean": absolute.mean()}
 
 
 def require_bounded(envs: Envs, system: str) -> gym.spaces.Box:

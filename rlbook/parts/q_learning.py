@@ -19,7 +19,7 @@ from rlbook.maths.losses import double_q_td_errors, huber, q_td_errors
 from rlbook.parts.envs import Envs, Step
 from rlbook.parts.flat import Flat
 from rlbook.parts.networks import QNetwork, action_values
-from rlbook.parts.on_device import there
+from rlbook.parts.on_device import numbers, there, widened
 from rlbook.parts.replay import Sample
 
 
@@ -71,11 +71,11 @@ def td_errors(online: nn.Module, target: nn.Module, batch: Transition, double: b
 
     a* is the best action of the target network or, if `double`, of the online one.
     """
-    q_tm1 = online(batch.obs_tm1)
+    q_tm1 = widened(online(batch.obs_tm1))
     rows = {"a_tm1": batch.a_tm1, "r_t": batch.r_t, "discount_t": batch.discount_t}
     with torch.no_grad():
-        q_t = target(batch.obs_t)
-        q_t_selector = online(batch.obs_t) if double else None
+        q_t = widened(target(batch.obs_t))
+        q_t_selector = widened(online(batch.obs_t)) if double else None
     if q_t_selector is None:
         return q_td_errors(q_tm1=q_tm1, q_t=q_t, **rows)
     return double_q_td_errors(q_tm1=q_tm1, q_t_selector=q_t_selector, q_t_value=q_t, **rows)
@@ -86,9 +86,8 @@ def td_gradient(
     networks: tuple[nn.Module, nn.Module],
     sample: Sample,
     double: bool,
-    limit: float | None = None,
     cast: AbstractContextManager[Any] | None = None,
-) -> tuple[np.ndarray, dict[str, float]]:
+) -> tuple[Tensor, dict[str, Any]]:
     """Leaves the gradient of DQN's loss in `flat.gradients`: the mean of weighted Huber losses.
 
     Args:
@@ -96,11 +95,11 @@ def td_gradient(
         networks: online and target.
         sample: a batch, `[N, ...]`, and the weight of each row.
         double: see `td_errors`.
-        limit: the gradient is scaled down to this Euclidean norm; None leaves it as it is.
         cast: in which the networks are asked and the loss is made, such as `torch.autocast`.
 
     Returns:
-        |TD errors| `[N]`, and loss, td_error_mean, gradient_norm (before clipping, if it is asked).
+        |TD errors| `[N]`, and loss and td_error_mean, all where the network is: nothing is waited
+        for.
     """
     device = flat.vector.device
     with cast or nullcontext():
@@ -110,10 +109,17 @@ def td_gradient(
     flat.gradients.zero_()
     loss.backward()
     absolute = errors.detach().abs()
-    metrics = {"loss": loss.item(), "td_error_mean": absolute.mean().item()}
-    if limit is not None:
-        metrics["gradient_norm"] = flat.clip(limit)
-    return absolute.cpu().numpy(), metrics
+    return absolute, {"loss": loss.detach(), "td_error_mean": absolute.mean()}
+
+
+def clipped_td_gradient(
+    flat: Flat, networks: tuple[nn.Module, nn.Module], sample: Sample, double: bool, limit: float
+) -> tuple[np.ndarray, dict[str, float]]:
+    """The same, scaled down to the Euclidean norm `limit`: |TD errors| `[N]`, metrics with
+    gradient_norm (before that), as plain numbers.
+    """
+    absolute, metrics = td_gradient(flat, networks, sample, double)
+    return absolute.cpu().numpy(), {**numbers(metrics), "gradient_norm": flat.clip(limit)}
 
 
 def epsilon_greedy(

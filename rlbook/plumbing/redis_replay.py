@@ -97,6 +97,10 @@ class RedisMemory(Generic[ItemsT]):
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._arguments
 
+    def reseeded(self, seed: int) -> RedisMemory[ItemsT]:
+        """Another client, which draws by lots of its own."""
+        return type(self)(*self._arguments[:-1], seed)
+
     def __len__(self) -> int:
         """Items held."""
         return min(self._report()[0], self.capacity)

@@ -13,12 +13,12 @@ always: what learner 0 says of itself is true of all.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rlbook.plumbing.group import GroupBroken
 from rlbook.plumbing.learner_group import LearnerGroup
 from rlbook.plumbing.memory_shard import ONE_LEARNER, Deal
 from rlbook.plumbing.param_server import alive
 from rlbook.plumbing.replay_server import Draw
 from rlbook.plumbing.runtime import ActorDiedError, Reference, Runtime
+from rlbook.plumbing.together import GroupBroken
 
 
 class ReplayGroup(LearnerGroup):
@@ -61,8 +61,8 @@ class ReplayGroup(LearnerGroup):
         nothing to draw. An error of any learner is raised here.
         """
         answers = self._answers.pop(metrics)
-        try:
-            return self.runtime.get(metrics)
+        try:  # they have added up, so that all are there at about the same time
+            return self.runtime.get(answers if self._meets else answers[:1])[0]
         except Exception:
             errors = [error for answer in answers if (error := self._error(answer)) is not None]
         deaths = [error for error in errors if isinstance(error, ActorDiedError)]

@@ -27,9 +27,9 @@ from torch import nn
 
 from rlbook.data import tree_map
 from rlbook.parts.flat import Flat
-from rlbook.parts.on_device import on_host
+from rlbook.parts.on_device import numbers, on_host, there
 from rlbook.plumbing.devices import DeviceFields, HostCopy, autocast, compiled, device_here
-from rlbook.plumbing.learner_group import Peer, Share, Vector, combined
+from rlbook.plumbing.learner_group import Ranked, Share, Vector, combined
 from rlbook.plumbing.memory_shard import Part, shares, whole
 from rlbook.plumbing.team import place_seed
 
@@ -56,11 +56,12 @@ class LearnerFields(DeviceFields):
 class Found(NamedTuple):
     """What a batch brought besides the gradient."""
 
-    priorities: np.ndarray
-    """`[rows]`, new."""
+    priorities: Any
+    """`[rows]`, new: an array, or a tensor anywhere."""
     weight: float
     """Rows that the loss is a mean over: what its gradient counts among those of others."""
-    metrics: dict[str, float]
+    metrics: dict[str, Any]
+    """Numbers, or tensors of one. All of it is fetched when the draw is learnt."""
 
 
 def on_its_device(network: nn.Module, config: Any, rank: int) -> Any:
@@ -78,37 +79,26 @@ class _Draw:
     """Updates that were made before."""
     rows: np.ndarray
     """`[updates, rows]`, of each batch."""
-    priorities: np.ndarray
-    """`[rows]`, as far as they are known."""
-    found: list[dict[str, float]] = field(default_factory=list)
-    """Metrics of the updates that are made."""
+    found: list[Found] = field(default_factory=list)
+    """What each update brought."""
     began: float = field(default_factory=time.perf_counter)
 
-    def note(self, priorities: np.ndarray, metrics: dict[str, float]) -> None:
-        """What an update found."""
-        self.priorities[self.rows[len(self.found)]] = priorities
-        self.found.append(metrics)
+    def priorities(self) -> np.ndarray:
+        """`[rows]`, new, when all updates are made."""
+        priorities = np.empty(self.rows.size)
+        for rows, found in zip(self.rows, self.found, strict=True):
+            priorities[rows] = fetched(found.priorities)
+        return priorities
+
+    def means(self) -> dict[str, float]:
+        """Of all metrics."""
+        found = [numbers(one.metrics) for one in self.found]
+        return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
 
 
-class Ranked(Peer):
-    """TEMPORARY."""
-
-    def __init__(self, flat, config, metered=False):
-        self.flat, self.config, self.metered, self.size, self.average = flat, config, metered, 1, True
-        self.device = flat.vector.device
-        self.leave = self._leave
-        self._ended_at = time.perf_counter()
-
-    def reduce(self, weight):
-        if self.size > 1:
-            got = self._reduced(Share(self.flat.gradients.numpy(), weight, {}))
-            self.flat.gradients.copy_(torch.from_numpy(got.gradient))
-
-    def lowest(self, vector):
-        if self.size > 1:
-            from torch import distributed
-            distributed.all_reduce(torch.from_numpy(vector), distributed.ReduceOp.MIN)
-        return vector
+def fetched(values: Any) -> np.ndarray:
+    """An array, or a tensor wherever it is, as an array."""
+    return values.cpu().numpy() if isinstance(values, torch.Tensor) else values
 
 
 class ReplayLearner(Ranked):
@@ -136,7 +126,7 @@ class ReplayLearner(Ranked):
         metered: bool = False,
         memory: Any = None,
     ) -> None:
-        super().__init__(online, config, metered)
+        super().__init__(online, config, metered=metered)
         self.flat_target, self.optimizer, self.rank = target, optimizer, rank
         self.rng, self.updates = np.random.default_rng([config.seed, 3]), 0
         target.vector.copy_(online.vector)
@@ -159,9 +149,9 @@ class ReplayLearner(Ranked):
         """In which the networks are asked: of the precision that `config` says."""
         return autocast(self.config, self.device)
 
-    def step(self) -> dict[str, float]:
+    def step(self) -> dict[str, Any]:
         """One step of the optimiser; the target network follows if it is time."""
-        norm = self.flat.clip(self.config.max_gradient_norm)
+        norm = self.flat.clipped(self.config.max_gradient_norm)
         self.optimizer.step()
         self.updates += 1
         if self.updates % self.config.target_period == 0:
@@ -170,9 +160,8 @@ class ReplayLearner(Ranked):
 
     def update(self, batch: Part) -> tuple[np.ndarray, dict[str, float]]:
         """One update, with the others if they have met: new priorities `[rows]`, and metrics."""
-        found = self.gradient(batch)
-        self.reduce(found.weight)
-        return found.priorities, {**found.metrics, **self.step()}
+        found = self._moved(self.gradient(batch))
+        return fetched(found.priorities), numbers(found.metrics)
 
     def learn(self, *parts: Part) -> tuple[Any, ...]:
         """All updates of a draw: metrics (means), weights for actors or None, each shard's
@@ -181,14 +170,16 @@ class ReplayLearner(Ranked):
         try:
             lowest = self.lowest(self.begin(*parts))
             while self._draw is not None and (batch := self._batch(lowest)) is not None:
-                self._draw.note(*self.update(batch))
+                self._draw.found.append(self._moved(self.gradient(batch)))
         except Exception:
             self.leave()
             raise
         return self.finish(None, lowest)
 
     def begin(self, *parts: Part) -> np.ndarray:
-        """Takes a draw: 1 if there is one, else 0; and the smallest P(i) in each of its batches."""
+        """Takes a draw: 1 if there is one, else 0; then the smallest P(i), of each of its batches,
+        or of the whole memory.
+        """
         part, self._draw = whole(parts) if self.memory is None else self._drawn(), None
         lowest = np.full(1 + self.config.updates_per_call, np.inf)
         lowest[0] = float(part is not None)
@@ -196,8 +187,8 @@ class ReplayLearner(Ranked):
             assert part.sample is not None
             chances = part.sample.probabilities
             rows = self._dealt(len(chances))
-            lowest[1:] = chances[rows].min(1)
-            self._draw = _Draw(part, parts, self.updates, rows, np.empty(len(chances)))
+            lowest[1:] = part.smallest if self.finds_smallest else chances[rows].min(1)
+            self._draw = _Draw(part, parts, self.updates, rows)
         return lowest
 
     def share(self, after: None, *lowest: np.ndarray) -> Share:
@@ -210,30 +201,28 @@ class ReplayLearner(Ranked):
         if self._draw is None or (batch := self._batch(np.min(lowest, axis=0))) is None:
             return Share(np.zeros(0, np.float32), 0.0, {})
         found = self.gradient(batch)
-        self._draw.note(found.priorities, found.metrics)
-        return Share(self.flat.gradients.cpu().numpy(), found.weight, found.metrics)
+        self._draw.found.append(found)
+        return Share(self.flat.gradients.cpu().numpy(), found.weight, {})
 
     def apply(self, *shares: Share) -> None:
         """One step along the mean of all gradients of an update."""
         if self._draw is not None and all(len(share.gradient) for share in shares):
-            mean = np.require(combined(shares, average=True), None, "W")
-            self.flat.gradients.copy_(torch.from_numpy(mean))
-            self._draw.found[-1] |= self.step()
+            self.flat.gradients.copy_(there(combined(shares, self.average), self.device))
+            self._draw.found[-1].metrics.update(self.step())
 
     def finish(self, after: None, *lowest: np.ndarray) -> tuple[Any, ...]:
         """What `learn` answers, when all updates of the draw are made; arguments as for `share`."""
         draw, self._draw = self._draw, None
         if draw is None or not np.min(lowest, axis=0)[0]:
             return None, None, *([None] * len(draw.parts) if draw else [])
-        means = {name: float(np.mean([one[name] for one in draw.found])) for name in draw.found[0]}
         period = self.config.broadcast_period
         due = self.updates // period > draw.before // period
         weights = self.newest() if due and not self.rank else None
+        priorities, means = draw.priorities(), draw.means()
         if self.memory is not None:
             assert draw.part.sample is not None
-            self.memory.update_priorities(draw.part.sample.keys, draw.priorities)
-        back = shares(draw.parts, draw.priorities)
-        return means | self.idle(draw.began), weights, *back
+            self.memory.update_priorities(draw.part.sample.keys, priorities)
+        return means | self.idle(draw.began), weights, *shares(draw.parts, priorities)
 
     def newest(self) -> Vector:
         """The parameters after all updates so far."""
@@ -264,8 +253,12 @@ class ReplayLearner(Ranked):
         if not lowest[0] or at == len(draw.rows):
             return None
         sample = tree_map(lambda column: column[draw.rows[at]], draw.part.sample)
-        least = draw.part.smallest if self.finds_smallest else float(lowest[1 + at])
-        return draw.part._replace(sample=sample, smallest=least)
+        return draw.part._replace(sample=sample, smallest=float(lowest[1 + at]))
+
+    def _moved(self, found: Found) -> Found:
+        """One step, with the others if they have met."""
+        self.reduce(found.weight)
+        return found._replace(metrics={**found.metrics, **self.step()})
 
     def _drawn(self) -> Part | None:
         """A draw of our own; with more than one call in flight the next one is begun."""
