@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import io
 import operator
+import os
 import re
 import sys
 import time
@@ -18,6 +19,9 @@ from typing import Any
 
 from rlbook import __version__
 
+TORCHRUN = "dppo"
+"""The system whose workers torchrun may start; the others start their own processes."""
+
 BAD_INPUT = 2
 INTERRUPTED = 130
 
@@ -25,8 +29,15 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code (2 with one line on stderr for bad input)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    launch = _launch()
+    if launch is not None and launch.rank:
+        from rlbook.plumbing.torchrun import serve
+
+        return serve()
     try:
         options, rest = _parser().parse_known_args(words)
+        if launch is not None and launch.size > 1 and words[:2] != ["train", TORCHRUN]:
+            raise ValueError(f"torchrun starts `rlbook train {TORCHRUN} ...` and nothing else")
         if rest and options.command not in ("train", "record"):
             raise ValueError(f"{options.command}: unknown argument {rest[0]!r}")
         return options.run(options, rest)
@@ -35,6 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _launch() -> Any:
+    """This process's place among the ranks that torchrun started; None if it did not."""
+    if "RANK" not in os.environ:
+        return None
+    from rlbook.plumbing.torchrun import launched
+
+    return launched()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -126,6 +146,8 @@ def _config(system: str | None, words: list[str], command: str) -> Any:
         if preset not in presets:
             raise ValueError(f"preset: {system} has {', '.join(presets)}; got {preset!r}")
         base = presets[preset]
+        if (launch := _launch()) is not None and system == TORCHRUN:
+            base = replace(base, num_workers=launch.size)
     return _parse_config(type(base), base, words, f"rlbook {command} {system}")
 
 
@@ -164,6 +186,9 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     config = _config(options.system, rest, "train")
     if options.trace is not None:
         _check_trace(Path(options.trace), options.system, config)
+    for name, only in (("wiring", "all_reduce"), ("runtime", "ray")) if _launch() else ():
+        if (value := getattr(config, name, only)) != only:
+            raise ValueError(f"{name}: torchrun starts processes for {only!r}, got {value!r}")
     if config.run_dir is None and config.resume is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = f"{options.system}-{config.env_id.replace('/', '-')}-seed{config.seed}-{stamp}"

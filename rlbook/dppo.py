@@ -305,8 +305,7 @@ class Worker(Member):
         """One step with the sum of all parts: `total`, or what is in `flat.gradients`."""
         if total is not None:
             self.flat.gradients.copy_(there(total, self.device))
-        norm = self.flat.clip(self.config.max_gradient_norm)
-        self.metrics["gradient_norm"] = norm
+        self.metrics["gradient_norm"] = self.flat.clip(self.config.max_gradient_norm)
         self.optimizer.step()
         self.updates += 1
 
