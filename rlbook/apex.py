@@ -27,13 +27,14 @@ Book: chapter 10
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from rlbook.data import Transition, tree_nbytes
+from rlbook.harness import one_gpu
 from rlbook.harness.config import RunConfig, above, at_least, at_most, within
 from rlbook.harness.doctor import require_memory
 from rlbook.harness.run import Result, Run
@@ -183,11 +184,11 @@ class Config(LearnerFields, RunConfig):
         return MemorySettings(self.replay_capacity, *how)
 
 
-DEFAULT = Config()
 PRESETS = {
-    "default": DEFAULT,
-    "uniform": replace(DEFAULT, prioritized=False),
-    "redis": replace(DEFAULT, replay="redis"),
+    "default": Config(),
+    "one_gpu": Config(**one_gpu.APEX),
+    "uniform": Config(prioritized=False),
+    "redis": Config(replay="redis"),
     # The paper: 360 actors with one copy each. As many processes as a computer has cores here.
     "paper": Config(
         env_id="ALE/Pong-v5",

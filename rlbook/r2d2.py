@@ -36,6 +36,7 @@ import numpy as np
 import torch
 
 from rlbook.data import tree_nbytes
+from rlbook.harness import one_gpu
 from rlbook.harness.config import RunConfig, above, at_least, at_most, within
 from rlbook.harness.doctor import require_memory
 from rlbook.harness.run import Result, Run
@@ -187,6 +188,7 @@ MASKED = Config(
 )
 PRESETS = {
     "default": Config(),
+    "one_gpu": Config(**one_gpu.R2D2),
     "masked": MASKED,
     "feedforward": replace(MASKED, lstm_size=0, burn_in_length=0),
     "cartpole": replace(MASKED, env_id="CartPole-v1", total_env_steps=500_000),
