@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from rlbook.data import AgentOutput
+from rlbook.harness import one_gpu
 from rlbook.harness.config import RunConfig, above, at_least, within
 from rlbook.harness.measures import mean_metrics
 from rlbook.harness.run import Result, Run
@@ -150,6 +151,7 @@ class Config(DeviceFields, RunConfig):
 
 PRESETS = {
     "default": Config(),
+    "one_gpu": Config(**one_gpu.DPPO),
     "parameter_server": Config(wiring="parameter_server"),
     "async": Config(wiring="parameter_server", update_rule="async"),
     "paper": Config(
@@ -305,7 +307,7 @@ class Worker(Member):
         """One step with the sum of all parts: `total`, or what is in `flat.gradients`."""
         if total is not None:
             self.flat.gradients.copy_(there(total, self.device))
-        self.metrics["gradient_norm"] = self.flat.clip(self.config.max_gradient_norm)
+        self.metrics["gradient_norm"] = self.flat.clipped(self.config.max_gradient_norm)
         self.optimizer.step()
         self.updates += 1
 

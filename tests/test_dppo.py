@@ -7,6 +7,7 @@ minibatch: it is told which rows those are. Then all parameters must be the same
 """
 
 import os
+import shutil
 import signal
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +24,7 @@ from rlbook.harness.checkpoint import load_checkpoint
 from rlbook.harness.result import Result
 from rlbook.harness.run import Run
 from rlbook.parts import acting
+from rlbook.parts.actor_copy import ActorCopy, Away
 from rlbook.parts.envs import make_envs
 from rlbook.parts.flat import Flat
 from rlbook.parts.minibatches import Minibatches
@@ -783,6 +785,107 @@ def test_a_real_run_with_a_server_on_ray(capfd):
     assert {"Worker 0", "Worker 1", "Shard 0", "Shard 1"} <= {span.who for span in result.spans}
 
 
+# -- devices ---------------------------------------------------------------------------------------
+
+SHORT = replace(QUICK, total_env_steps=1_000)
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+
+def vector(result: Result) -> torch.Tensor:
+    return Flat(result.policy.network).vector
+
+
+@pytest.mark.parametrize("observing", [False, True])
+def test_a_copy_that_acts_is_kept_up_to_date(observing, monkeypatch):
+    """As for a small network that learns on a GPU; here both are on the CPU."""
+    config = replace(SHORT, normalize_observations=observing)
+    plain = run_on(config)
+    monkeypatch.setattr(dppo, "ActorCopy", partial(ActorCopy, copied=True))
+    assert same_parameters(run_on(config), plain)
+    monkeypatch.setattr(ActorCopy, "refresh", lambda self: None)
+    assert not same_parameters(run_on(config), plain), "it acted with what it was made with"
+
+
+def test_a_network_that_acts_where_it_learns_sends_its_answers_back(monkeypatch):
+    """As convolutions on a GPU; here it is the CPU that they are sent to."""
+    monkeypatch.setattr(acting, "numpy_forward", lambda network: None)
+    plain, calls = run_on(SHORT), []
+
+    def away(network, device):
+        calls.append(device)
+        found = ActorCopy(network, device)
+        found.network = Away(network, device)
+        return found
+
+    monkeypatch.setattr(dppo, "ActorCopy", away)
+    assert same_parameters(run_on(SHORT), plain) and len(calls) == 2
+
+
+def test_in_bfloat16_parameters_and_losses_stay_float32(monkeypatch):
+    seen, original = [], dppo.loss_function
+
+    def noting(network, batch, config):
+        loss, metrics = original(network, batch, config)
+        seen.append((loss.dtype, next(network.parameters()).dtype))
+        return loss, metrics
+
+    monkeypatch.setattr(dppo, "loss_function", noting)
+    fine, coarse = run_on(SHORT), run_on(replace(SHORT, precision="bfloat16"))
+    assert set(seen) == {(torch.float32, torch.float32)}
+    assert not same_parameters(fine, coarse)
+    assert torch.allclose(vector(fine), vector(coarse), atol=0.05)
+    assert (vector(fine) - vector(run_on(replace(SHORT, seed=2)))).abs().max() > 0.2
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler here")
+def test_compiled_is_eager():
+    config = replace(SHORT, num_workers=1, total_env_steps=300)
+    eager, compiled = run_on(config), run_on(replace(config, compile=True))
+    assert eager.learner_steps == compiled.learner_steps > 3
+    assert torch.allclose(vector(eager), vector(compiled), atol=1e-4)
+
+
+@on_gpu
+@pytest.mark.parametrize("wiring", ["all_reduce", "parameter_server"])
+@pytest.mark.parametrize("observing", [False, True])
+def test_on_a_gpu_a_round_is_the_same_but_for_the_last_bits(wiring, observing):
+    settings = {"wiring": wiring, "normalize_observations": observing, "total_env_steps": 256}
+    config = replace(QUICK, **settings)
+    host, gpu = run_on(config), run_on(replace(config, device="cuda:0"))
+    assert host.env_steps == gpu.env_steps and host.learner_steps == gpu.learner_steps > 3
+    assert torch.allclose(vector(host), vector(gpu), atol=1e-4)
+
+
+@on_gpu
+def test_processes_share_a_gpu_and_their_run_goes_on_without_one(tmp_path):
+    """By gloo; on a computer with two GPUs, by NCCL, with device "cuda"."""
+    config = replace(REAL, device="cuda:0", total_env_steps=512, run_dir=str(tmp_path / "run"))
+    gpu, host = dppo.train(config), run_on(replace(config, device="cpu", run_dir=None))
+    assert torch.allclose(vector(gpu), vector(host), atol=1e-3)
+    assert same_parameters(gpu, Result.load(tmp_path / "run"))
+    more = replace(config, device="cpu", resume=str(tmp_path / "run"), run_dir=None)
+    assert dppo.train(replace(more, total_env_steps=1_000)).env_steps >= 1_000
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_add_up_by_nccl():
+    config = replace(REAL, device="cuda", learner_backend="nccl", total_env_steps=512)
+    host = run_on(replace(config, device="cpu", learner_backend="auto"))
+    assert torch.allclose(vector(dppo.train(config)), vector(host), atol=1e-3)
+
+
+@on_gpu
+def test_frames_are_acted_on_where_they_are_learnt_from():
+    worker = dppo.Worker(replace(QUICK, env_id="ALE/Pong-v5", num_envs=2, device="cuda:0"), 0)
+    assert isinstance(worker.actor.network, Away) and not worker.actor.copied
+    worker.collect(4)
+    worker.agree(worker.statistics())
+    assert worker.minibatches[0].observation.is_cuda
+    worker.weigh(0)
+    assert worker.flat.gradients.is_cuda and worker.flat.gradients.abs().sum() > 0
+    assert not any(t.is_cuda for t in worker.knowledge()["network"].values())
+
+
 # -- learning and settings -------------------------------------------------------------------------
 
 
@@ -812,6 +915,8 @@ def test_it_learns_catch(wiring):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        ({"device": "gpu"}, "device: must be cpu, cuda"),
+        ({"precision": "half"}, "precision: must be one of"),
         ({"wiring": "ring"}, "wiring: must be one of all_reduce, parameter_server"),
         ({"update_rule": "bounded"}, "update_rule: must be one of sync, async"),
         ({"runtime": "mpi"}, "runtime: must be one of ray, virtual"),

@@ -339,7 +339,7 @@ class Conducted:
             "knowledge": {"updates": 0},
         }
         chosen = {name: costs[name] for name in ("collect", "share")}
-        remote = self.runtime.remote(self._kind, costs=chosen, returns=returns)
+        remote = self.runtime.remote(self._kind, costs=chosen, returns=returns, spread=True)
         return remote.remote(self.config, index, self.born[index])
 
     def _make_adder(self) -> Any:

@@ -38,7 +38,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Self
 
 from rlbook.plumbing.children import Child, pipe_of
-from rlbook.plumbing.places import backend_for, own_device
 
 if TYPE_CHECKING:
     import torch
@@ -82,12 +81,15 @@ class Ranks:
     def __init__(
         self, size: int, device: str = "cpu", backend: Literal["auto", "nccl", "gloo"] = "auto"
     ) -> None:
+        from rlbook.plumbing.devices import backend_for, gpu_of, own_device, refuse_devices
+
         if size < 1:
             raise ValueError(f"size: must be at least 1, got {size}")
         self.size = size
+        refuse_devices("device", [device])
         self.devices = [own_device(device, rank) for rank in range(size)]
         """Of each rank."""
-        self.backend = backend_for(backend, self.devices)
+        self.backend = backend_for(backend, [gpu_of(found) for found in self.devices])
         """Of tensors on these devices: "nccl" or "gloo"."""
         self._children: list[Child] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None

@@ -207,6 +207,7 @@ class ServedRounds:
             self._kind,
             costs={name: costs[name] for name in ("rollout", "gradient")},
             returns={"rollout": rollout, "gradient": (self._report(0), *pieces)},
+            spread=True,
             **placed(self.config),
         )
         return remote.remote(self.config, index, born, isinstance(self.runtime, RayRuntime))
