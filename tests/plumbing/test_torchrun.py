@@ -110,12 +110,14 @@ def test_ranks_make_the_same_updates_as_a_run_without_torchrun(tmp_path):
 
 
 def test_three_ranks_on_two_hosts_hurry_and_balance(tmp_path):
-    """Two torchruns, as on two computers: of two ranks and of one."""
-    words = ["--preempt", "--balance", "--total-env-steps", 4_000, "--run-dir", "a"]
-    words = ["-m", "rlbook", "train", "dppo", *FLAGS, *words]
+    """The README's commands for two computers, here of two ranks and of one."""
+    words = [*FLAGS, "--preempt", "--balance", "--total-env-steps", 4_000, "--run-dir", "a"]
     with free_port() as port:
-        where = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(port)]
-    hosts = [["--node-rank", str(n), "--nproc-per-node", str(2 - n), *where] for n in range(2)]
+        here = {"HOST": "127.0.0.1", "29500": str(port), "cuda": "auto"}
+    shown = re.findall(r"^torchrun (--nnodes .*)$", (ROOT / "README.md").read_text(), re.M)
+    hosts = []
+    for ranks_here, line in zip("21", shown, strict=True):
+        hosts.append([(here | {"4": ranks_here}).get(word, word) for word in line.split()])
     with started(*words, how=hosts[0], folder=tmp_path) as one:
         with started(*words, how=hosts[1], folder=tmp_path) as other:
             assert [ended(other)[0], ended(one)[0]] == [0, 0]
