@@ -36,7 +36,8 @@ import torch
 from torch import Tensor, nn
 
 from rlbook.data import AgentOutput, Unroll, tree_map, tree_nbytes
-from rlbook.harness.config import RunConfig, above, at_least, one_of, within
+from rlbook.harness import one_gpu
+from rlbook.harness.config import RunConfig, above, at_least, within
 from rlbook.harness.measures import mean_metrics
 from rlbook.harness.run import Result, Run
 from rlbook.parts.acting import Sampler, make_actor_critic, sampling_policy
@@ -44,6 +45,7 @@ from rlbook.parts.envs import Episode
 from rlbook.parts.flat import Flat
 from rlbook.parts.meter import Meter
 from rlbook.parts.networks import LivePolicy
+from rlbook.parts.on_device import on_host
 from rlbook.parts.optim import RMSProp
 from rlbook.parts.tasks import (
     common_shape,
@@ -57,6 +59,7 @@ from rlbook.parts.unroll import collect_unroll
 from rlbook.parts.unroll_replay import UnrollReplay, side_by_side
 from rlbook.parts.vtrace_loss import vtrace_losses
 from rlbook.plumbing.cluster import own_runtime
+from rlbook.plumbing.devices import DeviceFields, autocast, compiled, device_here
 from rlbook.plumbing.flow import Flow, Turn, Update, lag_metrics, remote_flow
 from rlbook.plumbing.learner_group import Peer, Vector
 from rlbook.plumbing.param_server import Bundle
@@ -65,7 +68,7 @@ from rlbook.plumbing.team import place_seed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
+class Config(DeviceFields, RunConfig):
     """Settings; the defaults solve CartPole-v1 in some seconds of training."""
 
     life_loss_ends: bool = False
@@ -139,17 +142,13 @@ class Config(RunConfig):
     def __post_init__(self) -> None:
         """Refuses bad values."""
         super().__post_init__()
-        one_of(self, "update_rule", ("async", "sync"))
-        one_of(self, "correction", ("vtrace", "none"))
-        one_of(self, "loss_reduction", ("mean", "sum"))
-        one_of(self, "optimizer", ("rmsprop", "adam"))
-        one_of(self, "runtime", ("ray", "virtual"))
         at_least(self, 1, "num_actors", "num_learners", "unrolls_in_flight", "updates_in_flight")
         at_least(self, 1, "unrolls_per_batch", "broadcast_period", "unroll_length")
         at_least(self, 0, "policy_delay", "replay_unrolls", "lstm_size", "max_gradient_norm")
         at_least(self, 0.0, "c_bar", "learning_rate", "value_cost", "entropy_cost")
         above(self, 0.0, "rho_bar", "rmsprop_epsilon")
         within(self, 0.0, 1.0, "discount", "lambda_", "rmsprop_decay", "replay_fraction")
+        self.check_devices()
         if self.max_policy_lag is not None:  # what even unrolls with the newest parameters may have
             at_least(self, self.policy_delay + self.broadcast_period - 1, "max_policy_lag")
         most, fresh = self.num_actors * self.unrolls_in_flight, self.fresh_unrolls
@@ -216,6 +215,7 @@ MEMORY = Config(
 )
 PRESETS = {
     "default": Config(),
+    "one_gpu": Config(**one_gpu.IMPALA),
     "throughput": Config(num_envs=128, unroll_length=20, updates_in_flight=2, learning_rate=2.5e-3),
     "paper": PAPER,
     "memory": MEMORY,
@@ -295,8 +295,9 @@ class Learner(Peer):
 
     def __init__(self, config: Config, rank: int = 0, metered: bool = False) -> None:
         torch.set_num_threads(config.torch_threads)
-        self.network = make_network(config)
-        super().__init__(Flat(self.network), config, metered)
+        network = make_network(config).to(device_here(config, rank))
+        self.network = compiled(network, config)
+        super().__init__(Flat(network), config, metered)
         self.optimizer = make_optimizer(config, self.flat)
         self.replay = UnrollReplay(config.replay_unrolls, place_seed(config.seed, rank, 0))
         drawn = config.unrolls_per_batch - config.fresh_unrolls
@@ -304,17 +305,19 @@ class Learner(Peer):
 
     def backward(self, *unrolls: Unroll) -> tuple[float, dict[str, Any]]:
         """Of the loss on these unrolls and on replayed ones."""
-        batch = side_by_side([*unrolls, *self.replay.draw(self.drawn)])
+        chosen = [*unrolls, *self.replay.draw(self.drawn)]
         self.replay.add(unrolls)
-        loss, metrics = loss_function(self.network, batch, self.config)
+        batch = side_by_side(chosen, self.device)
+        with autocast(self.config, self.device):
+            loss, metrics = loss_function(self.network, batch, self.config)
         self.flat.gradients.zero_()
         loss.backward()
         weight = float(batch.valid.sum()) if self.average else 1.0
         return weight, metrics
 
-    def step(self, env_steps: int) -> dict[str, float]:
+    def step(self, env_steps: int) -> dict[str, Any]:
         """One step of the optimiser; `env_steps` of all actors decide its size."""
-        norm = self.flat.clip(self.config.max_gradient_norm)
+        norm = self.flat.clipped(self.config.max_gradient_norm)
         if self.config.anneal_learning_rate:
             left = max(0.0, 1 - env_steps / self.config.total_env_steps)
             self.optimizer.param_groups[0]["lr"] = left * self.config.learning_rate
@@ -323,8 +326,8 @@ class Learner(Peer):
 
     def state_dict(self) -> dict[str, Any]:
         """Parameters, optimiser and replay."""
-        more = {"optimizer": self.optimizer.state_dict(), "replay": self.replay.state_dict()}
-        return super().state_dict() | more
+        optimizer, replay = on_host(self.optimizer.state_dict()), self.replay.state_dict()
+        return super().state_dict() | {"optimizer": optimizer, "replay": replay}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state_dict`."""

@@ -42,7 +42,8 @@ import torch
 from torch import Tensor, nn
 
 from rlbook.data import Unroll
-from rlbook.harness.config import RunConfig, above, accepted, at_least, at_most, one_of, within
+from rlbook.harness import one_gpu
+from rlbook.harness.config import RunConfig, above, at_least, at_most, within
 from rlbook.harness.measures import mean_metrics
 from rlbook.harness.run import Result, Run
 from rlbook.parts.acting import make_actor_critic, sampling_policy
@@ -50,7 +51,7 @@ from rlbook.parts.central_acting import CentralQ, CentralSampler
 from rlbook.parts.envs import Envs, make_envs
 from rlbook.parts.flat import Flat
 from rlbook.parts.networks import LivePolicy
-from rlbook.parts.on_device import usable
+from rlbook.parts.on_device import on_host
 from rlbook.parts.optim import RMSProp
 from rlbook.parts.recurrent_q import make_q_network, q_policy
 from rlbook.parts.tasks import common_shape, row_bytes
@@ -59,6 +60,14 @@ from rlbook.parts.vtrace_loss import vtrace_losses
 from rlbook.plumbing.central import Turn, Update, check_waits
 from rlbook.plumbing.central_calls import CentralServer, called
 from rlbook.plumbing.cluster import own_runtime
+from rlbook.plumbing.devices import (
+    DeviceFields,
+    autocast,
+    compiled,
+    device_here,
+    own_device,
+    refuse_devices,
+)
 from rlbook.plumbing.inference import Inference, Who
 from rlbook.plumbing.learner_group import Peer
 from rlbook.plumbing.runtime import Runtime
@@ -70,7 +79,7 @@ from rlbook.plumbing.transport import Schema
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(StreamFields, SequenceFields, RunConfig):
+class Config(StreamFields, SequenceFields, DeviceFields, RunConfig):
     """Settings; the defaults solve CartPole-v1 in some seconds of training."""
 
     learner: Literal["vtrace", "r2d2"] = "vtrace"
@@ -89,8 +98,6 @@ class Config(StreamFields, SequenceFields, RunConfig):
     """Rows that make a batch (32 to 64 in the authors' settings)."""
     num_inference: int = 1
     """Servers that act: k, of which number i modulo k acts for worker i."""
-    device: str = "cpu"
-    """Where the learner is ("cpu", "cuda", "cuda:1", …)."""
     inference_devices: tuple[str, ...] = ()
     """Where the servers are, in turn; empty: beside the learner, on a stream of their own."""
     inference_timeout_s: float | None = 0.005
@@ -149,13 +156,6 @@ class Config(StreamFields, SequenceFields, RunConfig):
     def __post_init__(self) -> None:
         """Refuses bad values."""
         super().__post_init__()
-        one_of(self, "wiring", ("unix", "tcp", "calls"))
-        one_of(self, "learner", ("vtrace", "r2d2"))
-        one_of(self, "update_rule", ("async", "sync"))
-        one_of(self, "correction", ("vtrace", "none"))
-        one_of(self, "loss_reduction", ("mean", "sum"))
-        one_of(self, "optimizer", ("rmsprop", "adam"))
-        one_of(self, "runtime", ("ray", "virtual"))
         at_least(self, 1, "num_workers", "groups", "inference_batch", "unrolls_in_flight")
         at_least(self, 1, "num_inference")
         at_most(self, "num_inference", "num_workers")
@@ -163,7 +163,8 @@ class Config(StreamFields, SequenceFields, RunConfig):
         at_least(self, 0.0, "c_bar", "learning_rate", "value_cost", "entropy_cost", "lstm_size")
         above(self, 0.0, "rho_bar", "rmsprop_epsilon", "max_gradient_norm", "silence_s")
         within(self, 0.0, 1.0, "discount", "lambda_", "rmsprop_decay", "scored_fraction")
-        accepted(self, usable, "device", "inference_devices")
+        self.check_devices()
+        refuse_devices("inference_devices", self.inference_devices, here=self.ray_address is None)
         if self.inference_timeout_s is not None:
             at_least(self, 0.0, "inference_timeout_s")
         if self.wiring == "calls" and self.groups > 1:
@@ -187,6 +188,7 @@ class Config(StreamFields, SequenceFields, RunConfig):
 
 PRESETS = {
     "default": Config(),
+    "one_gpu": Config(**one_gpu.SEED_RL),
     "throughput": Config(num_envs=128, inference_batch=128, unroll_length=20),
     "paper": Config(
         env_id="ALE/Pong-v5",
@@ -262,9 +264,10 @@ class EnvWorker(StreamWorker):
 def make_inference(config: Config, index: int = 0) -> Inference:
     """What acts: a network of its own, whose draws are those of IMPALA's (R2D2's) actors."""
     flat = Flat(network := make_network(config))
-    devices, replays = config.inference_devices or (config.device,), config.learner == "r2d2"
+    devices = config.inference_devices or config.device.split(",")
+    device, replays = own_device(devices[index % len(devices)], index), config.learner == "r2d2"
     kind = partial(CentralQ, epsilon=config.epsilons) if replays else CentralSampler
-    agent, seed = kind(network, device=devices[index % len(devices)]), config.seed
+    agent, seed = kind(network, device=str(device)), config.seed
     return Inference(agent, flat.vector.numpy(), config.unroll_length, partial(place_seed, seed))
 
 
@@ -281,22 +284,24 @@ class Learner(Peer):
 
     def __init__(self, config: Config, rank: int = 0, metered: bool = False) -> None:
         torch.set_num_threads(config.torch_threads)
-        self.network = make_network(config).to(config.device)
-        super().__init__(Flat(self.network), config, metered)
+        network = make_network(config).to(device_here(config, rank))
+        self.network = compiled(network, config)
+        super().__init__(Flat(network), config, metered)
         self.optimizer = make_optimizer(config, self.flat)
 
     def backward(self, *unrolls: Unroll) -> tuple[float, dict[str, Any]]:
         """Of the loss on these unrolls."""
-        batch = side_by_side(unrolls)
-        loss, metrics = loss_function(self.network, batch, self.config)
+        batch = side_by_side(unrolls, self.device)
+        with autocast(self.config, self.device):
+            loss, metrics = loss_function(self.network, batch, self.config)
         self.flat.gradients.zero_()
         loss.backward()
         weight = float(batch.valid.sum()) if self.average else 1.0
         return weight, metrics
 
-    def step(self, env_steps: int) -> dict[str, float]:
+    def step(self, env_steps: int) -> dict[str, Any]:
         """One step of the optimiser; `env_steps` of all workers decide its size."""
-        norm = self.flat.clip(self.config.max_gradient_norm)
+        norm = self.flat.clipped(self.config.max_gradient_norm)
         if self.config.anneal_learning_rate:
             left = max(0.0, 1 - env_steps / self.config.total_env_steps)
             self.optimizer.param_groups[0]["lr"] = left * self.config.learning_rate
@@ -305,7 +310,7 @@ class Learner(Peer):
 
     def state_dict(self) -> dict[str, Any]:
         """Parameters and optimiser."""
-        return super().state_dict() | {"optimizer": self.optimizer.state_dict()}
+        return super().state_dict() | {"optimizer": on_host(self.optimizer.state_dict())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state_dict`."""
@@ -318,8 +323,8 @@ class SequenceLearner(SequencePeer):
 
     def __init__(self, config: Config, rank: int = 0, metered: bool = False) -> None:
         torch.set_num_threads(config.torch_threads)
-        online, target = (make_network(config).to(config.device) for _ in range(2))
-        super().__init__(online, target, config, metered)
+        online, target = (make_network(config).to(device_here(config, rank)) for _ in range(2))
+        super().__init__(compiled(online, config), compiled(target, config), config, metered)
 
 
 LEARNERS: dict[str, Any] = {"vtrace": Learner, "r2d2": SequenceLearner}

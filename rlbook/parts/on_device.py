@@ -10,6 +10,7 @@ Copies of rows come from pinned memory, so that they are on their stream too.
 """
 
 import copy
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,16 +19,6 @@ import torch
 from torch import nn
 
 from rlbook.parts.flat import Flat
-
-
-def usable(devices: str | tuple[str, ...]) -> None:
-    """ValueError unless this computer has these devices ("cpu", "cuda", "cuda:1", …)."""
-    for name in (devices,) if isinstance(devices, str) else devices:
-        try:
-            torch.empty(1, device=torch.device(name))
-        except (RuntimeError, AssertionError) as error:
-            why = str(error).strip().splitlines()[0]
-            raise ValueError(f"no device {name!r} can be used here: {why}") from None
 
 
 def there(array: Any, device: torch.device) -> torch.Tensor:
@@ -39,9 +30,22 @@ def there(array: Any, device: torch.device) -> torch.Tensor:
     """
     is_tensor = isinstance(array, torch.Tensor)
     tensor = array if is_tensor else torch.from_numpy(np.require(array, None, "W"))
-    if device.type != "cuda":
+    if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def joined(arrays: Sequence[np.ndarray], axis: int, device: torch.device) -> Any:
+    """Arrays one after the other along an axis: a new array, or a tensor on a GPU.
+
+    They are put together where the GPU fetches them, so that the host copies each once, and goes on
+    while they travel.
+    """
+    shape, kind = list(arrays[0].shape), torch.from_numpy(arrays[0][:0].copy()).dtype
+    shape[axis] = sum(array.shape[axis] for array in arrays)
+    whole = torch.empty(shape, dtype=kind, pin_memory=device.type == "cuda")
+    np.concatenate(arrays, axis, out=whole.numpy())
+    return whole.to(device, non_blocking=True) if device.type == "cuda" else whole.numpy()
 
 
 def on_host(state: Any) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rlbook.data import AgentOutput, Unroll
 from rlbook.parts.networks import make_torso
+from rlbook.parts.on_device import there, widened
 
 State = tuple[Tensor, Tensor]
 """(h, c): hidden state and cell of the LSTM, `[B, H]` each."""
@@ -132,17 +133,25 @@ def remembered(
 
     Args:
         torso: sees time folded into the batch.
-        core: runs over time, in stretches between resets.
+        core: runs over time, in stretches between resets, in float32 at least.
         observation: `[T, B, ...]`.
-        first: `[T, B]` bool: where the state is zeroed before the row.
+        first: `[T, B]` bool: where the state is zeroed before the row; of a network on a GPU best
+            on the CPU, where the stretches are found.
         state: before row 0, `[B, H]` twice.
     """
     steps, copies = observation.shape[:2]
-    features = torso(observation.flatten(0, 1)).unflatten(0, (steps, copies))
+    features = widened(torso(observation.flatten(0, 1))).unflatten(0, (steps, copies))
+    with torch.autocast(features.device.type, enabled=False):
+        return _run(core, features, first, state)
+
+
+def _run(core: nn.LSTM, features: Tensor, first: Tensor, state: State) -> tuple[Tensor, State]:
+    """An LSTM over features `[T, B, F]`: what it says to each, and the state after the last."""
+    steps = len(first)
     begins = [0, *(i for i in first.any(1).nonzero().flatten().tolist() if i > 0), steps]
     outputs = []
     for start, end in zip(begins[:-1], begins[1:], strict=True):
-        keep = (~first[start]).to(features.dtype).unsqueeze(-1)
+        keep = there(~first[start], features.device).to(features.dtype).unsqueeze(-1)
         h, c = (part * keep for part in state)
         output, (h, c) = core(features[start:end], (h.unsqueeze(0), c.unsqueeze(0)))
         outputs.append(output)
@@ -199,10 +208,10 @@ def unrolled(network: nn.Module, unroll: Unroll) -> tuple[Tensor, Tensor]:
     actor-critic; one with memory starts from the unroll's `agent_state`.
     """
     device = next(network.parameters()).device
-    observations = torch.from_numpy(unroll.env_outputs.observation).to(device)
+    observations = there(unroll.env_outputs.observation, device)
     if unroll.agent_state is not None:
-        first = torch.from_numpy(unroll.env_outputs.first).to(device)
-        state = tuple(part.to(device) for part in unroll.agent_state)
+        first = torch.from_numpy(unroll.env_outputs.first)
+        state = tuple(there(part, device) for part in unroll.agent_state)
         return network(observations, first, state)[:2]
     logits, values = network(observations.flatten(0, 1))
     rows = observations.shape[:2]

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from rlbook.parts.envs import Envs
+from rlbook.parts.on_device import widened
 from rlbook.parts.q_learning import epsilon_greedy
 from rlbook.parts.recurrent_q import QActor, q_values
 
@@ -230,7 +231,7 @@ def read_again(network: nn.Module, batch: Sequence, *, burn_in: int, stored: boo
     if burn_in:
         with torch.no_grad():
             _, state = q_values(network, batch.observation[:burn_in], begins[:burn_in], state)
-    return q_values(network, batch.observation[burn_in:], begins[burn_in:], state)[0]
+    return widened(q_values(network, batch.observation[burn_in:], begins[burn_in:], state)[0])
 
 
 class SequencePlayer:

@@ -12,23 +12,28 @@ import numpy as np
 import torch
 
 from rlbook.data import AgentOutput, EnvOutput, Unroll, tree_map
+from rlbook.parts.on_device import joined, there
+
+CPU = torch.device("cpu")
 
 
-def side_by_side(unrolls: Sequence[Unroll]) -> Unroll:
+def side_by_side(unrolls: Sequence[Unroll], device: torch.device = CPU) -> Unroll:
     """One unroll of all copies of the environment, in newly allocated arrays.
 
     Args:
         unrolls: of one length T; recurrent states `[B, H]`, if any, as arrays: out come tensors.
+        device: of a GPU all but `first` come as tensors that are there. Frames travel as bytes.
     """
 
-    def beside(*arrays: np.ndarray) -> np.ndarray:
-        return np.concatenate(arrays, axis=1)
+    def beside(*arrays: np.ndarray) -> Any:
+        return joined(arrays, 1, device)
 
+    first = np.concatenate([unroll.env_outputs.first for unroll in unrolls], axis=1)
     states = [unroll.agent_state for unroll in unrolls]
     return Unroll(
-        EnvOutput(*map(beside, *[unroll.env_outputs for unroll in unrolls])),
+        EnvOutput(*map(beside, *[unroll.env_outputs[:-1] for unroll in unrolls]), first),
         AgentOutput(*map(beside, *[unroll.agent_outputs for unroll in unrolls])),
-        tree_map(lambda *rows: torch.from_numpy(np.concatenate(rows)), *states),
+        tree_map(lambda *rows: there(np.concatenate(rows), device), *states),
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rlbook.data import Unroll
 from rlbook.maths.losses import entropy_loss, log_prob, policy_gradient_loss, value_loss
 from rlbook.maths.vtrace import vtrace
+from rlbook.parts.on_device import there, widened
 from rlbook.parts.recurrent import unrolled
 
 
@@ -34,13 +35,15 @@ def vtrace_losses(network: nn.Module, unroll: Unroll, config: Any) -> VTraceLoss
         unroll: `[T+1, B]`, with the behaviour policy's logits.
         config: with `correction` ("vtrace" or "none"), `discount`, `rho_bar`, `c_bar`, `lambda_`.
     """
-    logits, values = unrolled(network, unroll)  # time folded into the batch, but for the LSTM
+    # Time is folded into the batch, but for the LSTM. Whatever the network computed in, ratios,
+    # targets and sums are of float32.
+    logits, values = map(widened, unrolled(network, unroll))
     # The shift: what was seen and done at t (left) led to the reward and discount at t + 1 (right).
     logits, bootstrap, values = logits[:-1], values[-1].detach(), values[:-1]
     said, led_to = unroll.agent_outputs, unroll.env_outputs
     columns = said.action, unroll.valid, said.logits, led_to.discount[1:], led_to.reward[1:]
     actions, valid, behaviour_logits, discounts, rewards = (
-        torch.from_numpy(column).to(logits.device) for column in columns
+        there(column, logits.device) for column in columns
     )
     log_rhos = log_prob(logits.detach(), actions) - log_prob(behaviour_logits, actions)
     targets = vtrace(

@@ -11,6 +11,7 @@ from rlbook.data import EnvOutput, Unroll
 from rlbook.plumbing.central import Report, Stepped, report_of
 from rlbook.plumbing.central_flow import CentralFlow
 from rlbook.plumbing.deeds import StandIn
+from rlbook.plumbing.devices import placed
 from rlbook.plumbing.fleet import Fleet
 from rlbook.plumbing.inference import Inference, Who
 from rlbook.plumbing.learner_group import LearnerGroup, Vector
@@ -106,4 +107,5 @@ def _learning(runtime: Runtime, learner: type, config: Any, parameters: np.ndarr
         costs={"update": {**share, "apply": 1}, "gradient": share, "apply": {"apply": 1}},
         returns={"update": made, "apply": made}
         | {"gradient": vector, "weights": vector, "newest": vector},
+        **placed(config),
     )

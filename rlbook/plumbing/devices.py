@@ -29,8 +29,7 @@ from torch import nn
 from rlbook.parts.flat import Flat
 from rlbook.parts.on_device import there
 
-DEVICE = re.compile(r"cpu|cuda|auto|(cpu|cuda:\d+)(,(cpu|cuda:\d+))*")
-"""What `device` may be."""
+DEVICE = re.compile(r"cpu|cuda|auto|cpu:0|cuda:\d+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +53,10 @@ class DeviceFields:
         """ValueError, with the field's name, for the first value that is out of range, or a device
         that is not here, where here is where it will run.
         """
-        if not DEVICE.fullmatch(self.device):
-            raise ValueError(
-                "device: must be cpu, cuda, cuda:0 (or more of them, with commas) or auto;"
-                f" got {self.device!r}"
-            )
+        names = self.device.split(",")
+        if len(names) > 1 and {"cuda", "auto"} & set(names):
+            raise ValueError(f"device: of several, each by its number; got {self.device!r}")
+        refuse_devices("device", names, here=getattr(self, "ray_address", None) is None)
         for name, allowed in (
             ("precision", ("float32", "bfloat16")),
             ("learner_backend", ("auto", "nccl", "gloo")),
@@ -69,18 +67,20 @@ class DeviceFields:
             raise ValueError(f"gpus_per_learner: must be above 0 and at most 1, got {share}")
         if self.learner_backend == "nccl" and ("cpu" in self.device or share <= 0.5):
             raise ValueError("learner_backend: nccl needs a whole GPU for each learner")
-        if getattr(self, "ray_address", None) is None:
-            for name in self.device.split(","):
-                refuse_missing("device", name)
 
 
-def refuse_missing(field: str, name: str) -> None:
-    """ValueError if this computer has no device `name`. Makes nothing on the device."""
-    kind, _, number = name.partition(":")
-    count = torch.cuda.device_count() if kind == "cuda" else 0
-    if kind == "cuda" and count <= int(number or 0):
-        have = f"its GPUs are cuda:0 to cuda:{count - 1}" if count else "it has no GPU for PyTorch"
-        raise ValueError(f"{field}: this computer has no {name!r}: {have}")
+def refuse_devices(field: str, names: Sequence[str], *, here: bool = True) -> None:
+    """ValueError for the first that is no device, or none of this computer if it must be `here`.
+    Makes nothing on the device.
+    """
+    for name in names:
+        if not DEVICE.fullmatch(name):
+            raise ValueError(f"{field}: must be cpu, cuda, cuda:0 (1, …) or auto; got {name!r}")
+        kind, _, number = name.partition(":")
+        count = torch.cuda.device_count() if kind == "cuda" and here else 0
+        if kind == "cuda" and here and count <= int(number or 0):
+            have = f"GPUs cuda:0 to cuda:{count - 1}" if count else "no GPU for PyTorch"
+            raise ValueError(f"{field}: this computer has no {name!r}: it has {have}")
 
 
 def own_device(device: str, index: int = 0) -> torch.device:

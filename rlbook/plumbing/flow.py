@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlbook.plumbing.deeds import StandIn
+from rlbook.plumbing.devices import placed
 from rlbook.plumbing.fleet import Fleet
 from rlbook.plumbing.learner_group import LearnerGroup, Vector
 from rlbook.plumbing.param_server import alive
@@ -246,6 +247,7 @@ def remote_flow(
         returns={"update": made, "apply": made}
         | {"gradient": vector, "weights": vector, "newest": vector},
         spread=config.num_learners > 1,
+        **placed(config),
     )
 
     def make_actor(place: int, born: int) -> Any:

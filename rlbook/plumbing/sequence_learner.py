@@ -20,10 +20,12 @@ from rlbook.data import Unroll
 from rlbook.parts.central_acting import QOutput, ladder
 from rlbook.parts.envs import Episode
 from rlbook.parts.flat import Flat
+from rlbook.parts.on_device import on_host
 from rlbook.parts.replay import PrioritizedReplay, Sample
 from rlbook.parts.sequence_loss import priority, sequence_loss, td_errors
 from rlbook.parts.sequences import Rows, SequenceCutter, as_tensors
 from rlbook.plumbing.central import Finished
+from rlbook.plumbing.devices import HostCopy, autocast
 from rlbook.plumbing.learner_group import Peer
 from rlbook.plumbing.rate_limiter import RateLimiter
 
@@ -144,7 +146,8 @@ class SequencePeer(Peer):
 
     def fit(self, sample: Sample[Any]) -> tuple[np.ndarray, dict[str, float]]:
         """One step of the optimiser: (the sequences' new priorities `[N]`, metrics)."""
-        loss, priorities, found = sequence_loss(self.network, self.target, sample, self.config)
+        with autocast(self.config, self.device):
+            loss, priorities, found = sequence_loss(self.network, self.target, sample, self.config)
         self.flat.gradients.zero_()
         loss.backward()
         norm = self.flat.clip(self.config.max_gradient_norm)
@@ -191,8 +194,8 @@ class SequencePeer(Peer):
         cutters = [[place, cutter.state_dict()] for place, cutter in sorted(self.cutters.items())]
         return {
             **super().state_dict(),
-            "target": self.flat_target.vector.cpu().numpy().copy(),
-            "optimizer": self.optimizer.state_dict(),
+            "target": HostCopy(self.flat_target).take(),
+            "optimizer": on_host(self.optimizer.state_dict()),
             "memory": self.memory.state_dict(),
             "limiter": self.limiter.state_dict(),
             "cutters": cutters,
@@ -202,7 +205,7 @@ class SequencePeer(Peer):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state_dict`."""
         super().load_state_dict(state)
-        self.flat_target.vector.copy_(torch.tensor(state["target"]))
+        HostCopy(self.flat_target).put(state["target"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.memory.load_state_dict(state["memory"])
         self.limiter.load_state_dict(state["limiter"])

@@ -13,9 +13,9 @@ from rlbook.parts.acting import Sampler, make_actor_critic
 from rlbook.parts.central_acting import CentralQ, CentralSampler
 from rlbook.parts.envs import make_envs
 from rlbook.parts.flat import Flat
-from rlbook.parts.on_device import usable
 from rlbook.parts.recurrent_q import make_q_network
 from rlbook.parts.unroll import collect_unroll
+from rlbook.plumbing.devices import refuse_devices
 from rlbook.plumbing.inference import Inference, Request, Waiting, Who
 from rlbook.plumbing.learner_group import Vector
 from tests.counters import register
@@ -262,8 +262,7 @@ def test_it_says_the_same_from_another_device(device, lstm_size, replays):
 
 
 def test_a_device_that_is_not_there_is_refused():
-    usable("cpu")
-    usable(("cpu", "cpu:0"))
+    refuse_devices("inference_devices", ("cpu", "cpu:0"))
     for name in ("pigeon", "cuda:99"):
-        with pytest.raises(ValueError, match=name):
-            usable(name)
+        with pytest.raises(ValueError, match=f"inference_devices: .*{name}"):
+            refuse_devices("inference_devices", ("cpu", name))
