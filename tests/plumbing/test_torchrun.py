@@ -1,6 +1,7 @@
 """torchrun's ranks: the same run as without; one message for bad settings; nobody hangs."""
 
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -14,11 +15,15 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
+from torch import distributed
 
 from rlbook import cli, dppo
 from rlbook.harness.result import Result
+from rlbook.plumbing import group, torchrun
 from rlbook.plumbing.cluster import Cluster, Node
-from rlbook.plumbing.torchrun import Launch, launched
+from rlbook.plumbing.group import SharedBoard
+from rlbook.plumbing.torchrun import Launch, StoreBoard, launched
 from rlbook.plumbing.virtual import VirtualRuntime
 from tests.runs import same_parameters
 
@@ -253,6 +258,34 @@ def test_who_is_launched_and_how(monkeypatch):
     assert launched() == Launch(3, 4, 1, False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert launched() == Launch(3, 4, 1, True)
+
+
+def test_a_board_in_the_store_is_one_in_memory(monkeypatch):
+    store = distributed.HashStore()
+    monkeypatch.setattr(torchrun, "store", lambda: store)
+    for board in (StoreBoard(3), SharedBoard(3)):
+        assert [board.finished(rounds) for rounds in (0, 1)] == [3, 0]
+        board.put(2, 1)
+        board.put(0, 2)
+        assert [board.finished(rounds) for rounds in (1, 2, 3)] == [2, 1, 0]
+    assert pickle.loads(pickle.dumps(StoreBoard(3))).finished(0) == 3
+
+
+def test_a_rank_takes_the_device_of_its_number_on_its_host(monkeypatch):
+    asked = []
+
+    def noting(config, index):
+        asked.append(index)
+        return torch.device("cpu")
+
+    monkeypatch.setattr(group, "device_here", noting)
+    config = dppo.Config(num_workers=4, num_envs=2)
+    dppo.Worker(config, 3)
+    for name, value in (("RANK", 3), ("WORLD_SIZE", 4), ("MASTER_PORT", 1), ("MASTER_ADDR", "x")):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    dppo.Worker(config, 3)
+    assert asked == [3, 1]
 
 
 def test_one_rank_is_a_run_too(tmp_path):
