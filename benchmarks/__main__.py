@@ -12,6 +12,7 @@ from benchmarks import (
     gorila,
     impala,
     imports,
+    learners,
     parameter_server,
     rate,
     replay,
@@ -39,6 +40,7 @@ ALL = (
     apex,
     impala,
     seed_rl,
+    learners,
     solve,
     rllib,
 )

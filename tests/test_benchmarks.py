@@ -23,6 +23,7 @@ from benchmarks import (
     gorila,
     impala,
     imports,
+    learners,
     parameter_server,
     peer,
     rate,
@@ -272,6 +273,27 @@ def test_impala(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_learners(tmp_path: Path) -> None:
+    """Two ranks do what one does, whatever it takes."""
+    pytest.importorskip("ale_py")
+    rows = written(learners, tmp_path)["rows"]
+    assert [row["what"] for row in rows] == ["update"] * 2 + ["copy"] * 3 + ["ranks"] * 2 + ["idle"]
+    assert all(row["samples/s"] > 0 for row in rows if row["what"] != "copy")
+    assert rows[6]["case"] == "2 of nature" and rows[6]["difference"] < 1e-5
+    assert 0 <= rows[-1]["fraction"] <= 1
+    gpu = torch.cuda.is_available()
+    assert all(("GB/s" in row) is gpu and ("why not" in row) is not gpu for row in rows[2:5])
+
+
+def test_a_made_up_unroll_is_one_that_a_learner_takes() -> None:
+    unroll = learners.made_up(3, 2)
+    assert unroll.env_outputs.observation.shape == (4, 2, 4, 84, 84)
+    assert unroll.env_outputs.observation.dtype == np.uint8
+    assert unroll.agent_outputs.logits.shape == (3, 2, 6) and unroll.valid.dtype == bool
+    again = learners.made_up(3, 2)
+    assert np.array_equal(unroll.env_outputs.observation, again.env_outputs.observation)
+
+
 def test_seed_rl(tmp_path: Path) -> None:
     *roads, run = written(seed_rl, tmp_path)["rows"]
     assert [row["road"] for row in roads] == list(seed_rl.ROADS)
