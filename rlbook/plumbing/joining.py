@@ -10,7 +10,11 @@ so once a second. `refuse_stranger` asks first, with the same token, and gives o
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
+
+import psutil
 
 ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 """The call that costs a cluster's head nothing; without arguments it is no bytes at all."""
@@ -61,20 +65,46 @@ def refuse_stranger(address: str, timeout_s: float = 5.0) -> None:
             ) from None
 
 
-def place(options: dict[str, Any], spread: bool) -> dict[str, Any]:
-    """Ray's options of an actor on a cluster, with the host where it is to live.
+def interface_of(address: str) -> str:
+    """The name of this computer's network interface with an address. gloo would take the one that
+    the host's own name leads to, which others may not reach (127.0.1.1 on many a Debian).
 
-    Those that a system can lose and replace are spread over the hosts. The others stay beside the
-    driver: a run that outlives them is no longer than the driver's own, and a host that is cut off
-    ends it less often. Who asks for a GPU or names a strategy is left to Ray.
+    ``OSError`` if no interface has it.
     """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    for name, has in psutil.net_if_addrs().items():
+        if any(one.address == address for one in has):
+            return name
+    raise OSError(f"none of this computer's network interfaces has the address {address}")
 
-    if options.get("num_gpus") or "scheduling_strategy" in options or "resources" in options:
-        return options
-    if spread:
-        return {**options, "scheduling_strategy": "SPREAD"}
-    here = ray.get_runtime_context().get_node_id()
-    beside = NodeAffinitySchedulingStrategy(here, soft=True)
-    return {**options, "scheduling_strategy": beside}
+
+class Places:
+    """On which host of the cluster the next actor lives; the driver's own is where this runs.
+
+    Those that a system can lose and replace are spread: each goes where a core has fewest of them.
+    The others stay beside the driver, so that a host that is cut off does not end the run. Both
+    only if there is room. Who asks for a GPU or names a strategy is left to Ray.
+    """
+
+    def __init__(self) -> None:
+        self.spread: Counter[str] = Counter()
+        """Id of a host → how many were spread to it so far."""
+
+    def next(self, options: Mapping[str, Any], spread: bool) -> dict[str, Any]:
+        """What to add to Ray's ``options`` of an actor that is about to be made."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        if options.get("num_gpus") or {"scheduling_strategy", "resources"} & set(options):
+            return {}
+        host = here = ray.get_runtime_context().get_node_id()
+        if spread:
+            hosts = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+            load = {
+                name: ((1 + self.spread[name]) / has["CPU"], name == here)
+                for name, has in hosts.items()
+                if has.get("CPU")
+            }
+            host = min(load, key=lambda name: load[name], default=here)
+            self.spread[host] += 1
+        where = NodeAffinitySchedulingStrategy(host, soft=True, _spill_on_unavailable=True)
+        return {"scheduling_strategy": where}

@@ -24,13 +24,14 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self
 
 import psutil
 
 from rlbook.plumbing import watchdog
-from rlbook.plumbing.joining import place, refuse_stranger
+from rlbook.plumbing.joining import Places, refuse_stranger
 from rlbook.plumbing.quiet import hush_deaths, is_death, quiet_ray
 from rlbook.plumbing.timeline import DRIVER, KEPT, Timeline, timed
 
@@ -155,6 +156,7 @@ class RayRuntime:
         self._actors: dict[str, weakref.ref[Any]] = {}
         self._watchdog: subprocess.Popen[bytes] | None = None
         self._unhush: Callable[[], None] = lambda: None
+        self._places = Places()
 
     def __enter__(self) -> Self:
         ray = quiet_ray()
@@ -240,7 +242,7 @@ class RayRuntime:
         ``options`` are Ray's: ``num_cpus``, ``num_gpus`` (fractions too), ``max_restarts``, …
         Without any, an actor asks for no core of its own beyond Ray's default. One more says where
         an actor lives on a cluster of several hosts: beside the driver, or, with ``spread=True``,
-        on any of them in turn (for those that may die: a fleet replaces them). ``costs``,
+        where a core has fewest such (for those that may die: a fleet replaces them). ``costs``,
         ``returns`` and ``node`` are for the virtual clock: here work takes the time it takes.
         """
         import ray
@@ -248,12 +250,10 @@ class RayRuntime:
         spread = options.pop("spread", False)
         if not isinstance(target, type):
             return ray.remote(**options)(target) if options else ray.remote(target)
-        if self.address is not None:
-            options = place(options, spread)
         made = timed(target) if self.trace else target
-        return _RayClass(
-            self, target.__name__, ray.remote(**options)(made) if options else ray.remote(made)
-        )
+        ray_class: Any = ray.remote(**options)(made) if options else ray.remote(made)
+        place = partial(self._places.next, options, spread) if self.address else dict
+        return _RayClass(self, target.__name__, ray_class, place)
 
     def put(self, value: Any) -> Reference:
         """Copy ``value`` into shared memory once; every process on the node then reads it without
@@ -352,12 +352,17 @@ class RayRuntime:
 class _RayClass:
     """Ray's remote class, which tells its runtime of the actors that it makes."""
 
-    def __init__(self, runtime: RayRuntime, name: str, ray_class: Any) -> None:
+    def __init__(
+        self, runtime: RayRuntime, name: str, ray_class: Any, place: Callable[[], dict[str, Any]]
+    ) -> None:
         self._runtime, self._name, self._ray_class = runtime, name, ray_class
+        self._place = place
 
     def remote(self, *args: Any, **kwargs: Any) -> Any:
         """A new actor; its constructor runs in a process of its own."""
-        handle = self._ray_class.remote(*args, **kwargs)
+        where = self._place()
+        ray_class = self._ray_class.options(**where) if where else self._ray_class
+        handle = ray_class.remote(*args, **kwargs)
         self._runtime._note_actor(self._name, handle)
         return handle
 
