@@ -120,7 +120,7 @@ class Flow:
 
     def first(self) -> Turn:
         """Waits for the first of all that is in flight, and sees to what follows from it."""
-        (reference,), _ = self.runtime.wait(self.in_flight)
+        reference = self.learners.wait(self.in_flight)
         asked = self.in_flight.pop(reference)
         if isinstance(asked, Asked):
             report = self.actors.answer(asked.actor, reference)

@@ -12,10 +12,9 @@ mean. All have the same parameters, always: whoever asks, asks learner 0.
 """
 
 import os
-import socket
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +23,7 @@ import torch
 from rlbook.parts.flat import Flat
 from rlbook.parts.on_device import numbers, there
 from rlbook.plumbing.devices import HostCopy
+from rlbook.plumbing.joining import interface_of
 from rlbook.plumbing.param_server import Alive
 from rlbook.plumbing.runtime import ActorDiedError, RayRuntime, Reference, Runtime
 from rlbook.plumbing.together import GroupBroken, Together
@@ -99,9 +99,8 @@ class Ranked(Alive):
         """Joins `size` learners as number `rank`; all must be called at once."""
         from torch import distributed
 
-        if address == "127.0.0.1":  # gloo would look for the host's name otherwise
-            (loopback,) = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
-            os.environ["GLOO_SOCKET_IFNAME"] = loopback
+        own = address if address == "127.0.0.1" else self.address()
+        os.environ["GLOO_SOCKET_IFNAME"] = interface_of(own)
         store = self._store or distributed.TCPStore(address, port)
         backend = getattr(self.config, "learner_backend", "auto")
         self.together = Together(store, rank, size, self.device, backend, address)
@@ -246,6 +245,8 @@ class LearnerGroup:
         self.learners = [make_learner(rank) for rank in range(size)]
         self._answers: dict[Reference, list[Reference]] = {}
         """Metrics of an update by learner 0 → what all learners answer to it."""
+        self._seen: set[Reference] = set()
+        """Metrics of others than learner 0 that are there, and no errors."""
         self._meets = size > 1 and isinstance(runtime, RayRuntime)
         if self._meets:
             self._introduce()
@@ -277,15 +278,37 @@ class LearnerGroup:
 
     def answer(self, metrics: Reference) -> dict[str, float]:
         """The metrics of an update. An error of any learner is raised here."""
-        answers, first = self._answers[metrics], [metrics]
-        if self._meets:  # they have added up, so that all are there at about the same time
-            first = answers[:: len(answers) // len(self.learners)]
-        try:
+        answers = self._answers.pop(metrics, [metrics])
+        first = self._metrics(answers) if self._meets else [metrics]
+        self._seen.difference_update(first)
+        try:  # they have added up, so that all are there at about the same time
             found, *_ = self.runtime.get(first)
         except Exception:
-            raise self._cause() from None
-        del self._answers[metrics]
+            raise self._cause(answers) from None
         return found
+
+    def wait(
+        self, references: Collection[Reference], timeout: float | None = None
+    ) -> Reference | None:
+        """The first of these that is there, metrics of updates among them; None: nothing in time.
+
+        Meanwhile an error of any learner is raised here: the others would wait for it in vain, and
+        those whose call never began (what it was to learn from is lost) have no way to tell them.
+        """
+        while True:
+            others = [ref for all_ in self._answers.values() for ref in self._metrics(all_)[1:]]
+            watched = [ref for ref in others if ref not in self._seen] if self._meets else []
+            ready, _ = self.runtime.wait([*references, *watched], timeout=timeout)
+            if not ready:
+                return None
+            if ready[0] in references:
+                return ready[0]
+            self._seen.add(ready[0])
+            try:
+                self.runtime.get(ready[0])
+            except GroupBroken:
+                answers = next(all_ for all_ in self._answers.values() if ready[0] in all_)
+                raise self._cause(answers) from None
 
     def weights(self) -> Reference:
         """The parameters that actors get now."""
@@ -311,17 +334,20 @@ class LearnerGroup:
         with self.runtime.off_the_clock():
             self.runtime.get([learner.load_state_dict.remote(kept) for learner, kept in pairs])
 
-    def _cause(self) -> Exception:
-        """Why updates fail: a learner's death, or else what one of them raised first. Who waited
-        for the others in vain is not to blame.
+    def _metrics(self, answers: Sequence[Reference]) -> Sequence[Reference]:
+        """Of an update, those of each learner."""
+        return answers[:: max(1, len(answers) // len(self.learners))]
+
+    def _cause(self, answers: Sequence[Reference]) -> Exception:
+        """Why an update failed: a learner's death, or else what one of them raised first. Who
+        waited for the others in vain is not to blame.
         """
         errors = []
-        for reference in [one for answers in self._answers.values() for one in answers]:
+        for reference in answers:
             try:
                 self.runtime.get(reference)
             except Exception as error:
                 errors.append(error)
-        self._answers.clear()
         deaths = [error for error in errors if isinstance(error, ActorDiedError)]
         raised = [error for error in errors if not isinstance(error, GroupBroken)]
         return (deaths or raised or errors)[0]

@@ -13,6 +13,7 @@ could not be tried where this was written.
 """
 
 import os
+import secrets
 import select
 import socket
 import time
@@ -68,13 +69,30 @@ class Lifeline:
     def __init__(self, store: Any, rank: int, size: int, address: str, timeout_s: float) -> None:
         self.ends: list[socket.socket] = []
         if rank > 0:
-            port = int(store.get("lifeline"))
-            self.ends.append(socket.create_connection((address, port), timeout_s))
+            port, word = store.get("lifeline").decode().split()
+            self.ends.append(socket.create_connection((address, int(port)), timeout_s))
+            self.ends[0].sendall(f"{word} {rank}".encode())
             return
-        with socket.create_server(("", 0), backlog=size) as door:
-            door.settimeout(timeout_s)
-            store.set("lifeline", str(door.getsockname()[1]))
-            self.ends += [door.accept()[0] for _ in range(1, size)]
+        word, missing = secrets.token_hex(16), {str(other) for other in range(1, size)}
+        with socket.create_server((address, 0), backlog=size) as door:
+            store.set("lifeline", f"{door.getsockname()[1]} {word}")
+            until = time.monotonic() + timeout_s
+            while missing:
+                door.settimeout(max(0.001, until - time.monotonic()))
+                self._let_in(door.accept()[0], word, missing)
+
+    def _let_in(self, end: socket.socket, word: str, missing: set[str]) -> None:
+        """A rank that is missing, and nobody else."""
+        end.settimeout(1.0)
+        try:
+            said = end.recv(len(word) + 16).decode(errors="replace").split()
+        except OSError:
+            said = []
+        if len(said) == 2 and said[0] == word and said[1] in missing:
+            missing.remove(said[1])
+            self.ends.append(end)
+        else:
+            end.close()
 
     def check(self) -> None:
         """GroupBroken if somebody is gone."""

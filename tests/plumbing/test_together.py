@@ -2,7 +2,9 @@
 
 import os
 import signal
+import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -98,6 +100,27 @@ def test_nccl_without_gpus_is_refused_by_all(tmp_path):
 def test_a_lifeline_of_one_never_breaks():
     line = Lifeline(distributed.HashStore(), 0, 1, "127.0.0.1", 1.0)
     line.check()
+
+
+def test_a_stranger_is_no_rank():
+    """Who connects without the word is turned away, and the rank that comes after it let in."""
+    store = distributed.HashStore()
+    with ThreadPoolExecutor(1) as pool:
+        opened = pool.submit(Lifeline, store, 0, 2, "127.0.0.1", 10.0)
+        port = int(store.get("lifeline").decode().split()[0])
+        for words in (b"", b"let me in 1", b"1"):
+            stranger = socket.create_connection(("127.0.0.1", port))
+            stranger.sendall(words)
+            stranger.close()
+        own = Lifeline(store, 1, 2, "127.0.0.1", 10.0)
+        theirs = opened.result(timeout=10)
+    own.check()
+    theirs.check()
+    own.cut()
+    with pytest.raises(GroupBroken, match="gone"):
+        theirs.check()
+    with pytest.raises(GroupBroken, match="gone"):
+        own.check()
 
 
 @on_gpu
