@@ -62,6 +62,11 @@ class RunConfig(BaseConfig):
         super().__post_init__()
         at_least(self, 1, "num_envs", "total_env_steps", "log_every_env_steps", "torch_threads")
         at_least(self, 0, "checkpoint_every_s")
+        if getattr(self, "max_gradient_norm", None) == 0:
+            raise ValueError(
+                "max_gradient_norm: 0 would scale every gradient to nothing, and nothing would be"
+                " learnt; inf leaves all as they are"
+            )
 
 
 def _check_type(field: str, kind: Any, value: Any) -> None:

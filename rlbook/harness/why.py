@@ -236,7 +236,11 @@ def _advice(
             *(setting("num_shards", "more shards that share the work") if serving else []),
             *([] if serving else setting("num_workers", "more workers that share the gradients")),
             *setting("num_learners", "more learners that share each batch"),
-            *setting("unroll_length", "fewer and larger gradients, of longer unrolls"),
+            *(
+                setting("samples_per_insert", "fewer draws of each step from replay")
+                if hasattr(config, "samples_per_insert")  # longer unrolls are drawn as often
+                else setting("unroll_length", "fewer and larger gradients, of longer unrolls")
+            ),
             *setting("hidden_sizes", "a smaller network"),
             "a GPU for the gradients, or a faster optimiser step",
         ],

@@ -20,7 +20,13 @@ from rlbook.parts.sequences import Rows
 
 @torch.no_grad()
 def state_staleness(
-    network: nn.Module, rows: Rows, *, length: int, burn_in: int, stored: bool
+    network: nn.Module,
+    rows: Rows,
+    *,
+    length: int,
+    burn_in: int,
+    stored: bool,
+    since: int | None = None,
 ) -> np.ndarray:
     """ΔQ = ‖q(ĥ) − q(h)‖₂ / |max q(ĥ)| at the first and the last step, `[2, N]`.
 
@@ -34,13 +40,18 @@ def state_staleness(
         length: m, at least 1.
         burn_in: l; sequences that begin earlier in their episode than that are left out.
         stored: begin the burn-in with the state that the actor had, or with zeros.
+        since: step of an episode at which its first sequence begins, at least l, which it is by
+            default; give the same for several l, and all are compared on the same sequences.
 
     Raises:
-        ValueError: no sequence of l + m steps lies within one episode.
+        ValueError: no sequence of l + m steps lies within one episode, or `since` is below l.
     """
-    starts, copies = _windows(rows.valid, burn_in, length)
+    since = burn_in if since is None else since
+    if since < burn_in:
+        raise ValueError(f"since: must be at least burn_in, which is {burn_in}, got {since}")
+    starts, copies = _windows(rows.valid, since, length)
     if not len(starts):
-        raise ValueError(f"no {burn_in} + {length} steps lie within one episode of these rows")
+        raise ValueError(f"no {since} + {length} steps lie within one episode of these rows")
     begins = np.ones_like(rows.valid)
     begins[1:] = ~rows.valid[:-1]
     whole = _read(network, rows.observation, begins, None)
@@ -56,14 +67,14 @@ def state_staleness(
     return (torch.linalg.vector_norm(ends, dim=-1) / size).numpy()
 
 
-def _windows(valid: np.ndarray, burn_in: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+def _windows(valid: np.ndarray, since: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows and copies at which a sequence's steps may begin: every m steps of each episode."""
     found = []
     for copy in range(valid.shape[1]):
         ends = [*np.flatnonzero(~valid[:, copy]).tolist(), len(valid)]
         begin = 0
         for end in ends:
-            found += [(at, copy) for at in range(begin + burn_in, end - length + 1, length)]
+            found += [(at, copy) for at in range(begin + since, end - length + 1, length)]
             begin = end + 1
     pairs = np.array(found, np.int64).reshape(-1, 2)
     return pairs[:, 0], pairs[:, 1]

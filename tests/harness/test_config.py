@@ -113,3 +113,10 @@ def test_a_word_that_its_type_does_not_allow_is_refused(word):
     assert Choosy(torso="resnet").torso == "resnet"
     with pytest.raises(ValueError, match="torso: must be one of nature, resnet; got "):
         Choosy(torso=word)
+
+
+@pytest.mark.parametrize("system", [dqn, policy_gradient, ppo])
+def test_a_gradient_may_not_be_scaled_to_nothing(system):
+    with pytest.raises(ValueError, match="max_gradient_norm: 0 would scale .* inf leaves all"):
+        system.Config(max_gradient_norm=0.0)
+    assert system.Config(max_gradient_norm=float("inf")).max_gradient_norm > 1e9

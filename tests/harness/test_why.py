@@ -237,6 +237,18 @@ def test_advice_names_only_settings_that_there_are() -> None:
         assert diagnosis.advice and "`" not in advice_of(diagnosis)
 
 
+def test_a_full_learner_with_replay_draws_less_often() -> None:
+    """Longer unrolls would change nothing: each step is drawn as often."""
+    spans: Spans = [("Learner 0", "learn", float(k), k + 0.98) for k in range(100)]
+    spans += [("Actor 0", "play", k + 0.2, k + 0.4) for k in range(100)]
+    replayed = SimpleNamespace(unroll_length=20, samples_per_insert=8.0)
+    advice = advice_of(explain(spans, SPLIT, replayed))
+    assert "`samples_per_insert` (now 8.0)" in advice and "unroll_length" not in advice
+    free = SimpleNamespace(unroll_length=20, samples_per_insert=None)
+    assert "unroll_length" not in advice_of(explain(spans, SPLIT, free))
+    assert "`unroll_length` (now 16)" in advice_of(explain(spans, SPLIT, CONFIG))
+
+
 # -- the arithmetic ----------------------------------------------------------------------------
 
 

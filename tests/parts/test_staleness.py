@@ -75,3 +75,23 @@ def test_rows_that_are_too_short_are_refused():
     rows, old, _ = acted(5)
     with pytest.raises(ValueError, match="within one episode"):
         state_staleness(old, rows, length=9, burn_in=2, stored=True)
+
+
+def test_the_same_sequences_can_be_asked_for_whatever_the_burn_in():
+    rows, _, new = acted()
+    counts = [
+        state_staleness(new, rows, length=4, burn_in=burn_in, stored=True, since=since).shape[1]
+        for burn_in, since in ((0, 6), (3, 6), (6, None), (0, None))
+    ]
+    assert counts[0] == counts[1] == counts[2] < counts[3]
+    first = state_staleness(new, rows, length=4, burn_in=0, stored=True, since=6)[0, 0]
+    end = int(np.flatnonzero(~rows.valid[:, 0])[0])
+    assert end >= 10, "the first episode of copy 0 has a sequence"
+    x, none = torch.from_numpy(rows.observation[:10, :1]), torch.zeros(10, 1, dtype=torch.bool)
+    state = torch.from_numpy(rows.hidden[6, :1]), torch.from_numpy(rows.cell[6, :1])
+    with torch.no_grad():
+        whole, _ = new(x, none, new.initial_state(1))
+        read, _ = new(x[6:], none[6:], state)
+    assert first == pytest.approx(((read[0] - whole[6]).norm() / abs(read.max())).item(), rel=1e-4)
+    with pytest.raises(ValueError, match="since: must be at least burn_in, which is 3, got 2"):
+        state_staleness(new, rows, length=4, burn_in=3, stored=True, since=2)
