@@ -554,9 +554,10 @@ class StoppedError(Exception):
     """The power fails."""
 
 
-@pytest.mark.parametrize("rule", ["async", "sync"])
-def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch, rule):
+@pytest.mark.parametrize(("rule", "learners"), [("async", 1), ("sync", 1), ("async", 2)])
+def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch, rule, learners):
     config = replace(QUICK, update_rule=rule, checkpoint_every_s=0.03, total_env_steps=1_500)
+    config = replace(config, num_learners=learners)
     config = replace(config, broadcast_period=5)  # weights leave at odd draws
     whole = train(replace(config, run_dir=str(tmp_path / "whole")))
     saved = []

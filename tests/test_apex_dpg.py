@@ -133,8 +133,9 @@ def test_the_same_seed_gives_the_same_run_and_rows_say_what_the_table_says():
     assert one.extra["samples"] / (one.env_steps - 64) == pytest.approx(4.0, rel=0.12)
 
 
-def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch):
-    config = replace(QUICK, checkpoint_every_s=0.03)
+@pytest.mark.parametrize("learners", [1, 2])
+def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch, learners):
+    config = replace(QUICK, checkpoint_every_s=0.03, num_learners=learners)
     whole = train(replace(config, run_dir=str(tmp_path / "whole")))
     saved, save = [], Run.checkpoint
 

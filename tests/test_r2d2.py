@@ -678,8 +678,9 @@ def test_actions_that_are_not_counted_are_refused_in_one_line():
         replace(QUICK, num_replays=2, num_actors=3),
         replace(QUICK, state_init="zero", burn_in_length=0),
         replace(QUICK, lstm_size=0, env_id="CartPole-v1"),
+        replace(QUICK, num_learners=2),
     ],
-    ids=["sync", "async", "zero", "feedforward"],
+    ids=["sync", "async", "zero", "feedforward", "learners"],
 )
 def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch, config):
     """The power fails after a checkpoint; what is resumed ends as if it had not."""
