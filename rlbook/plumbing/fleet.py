@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rlbook.plumbing.param_server import alive
-from rlbook.plumbing.runtime import ActorDiedError, Reference, Runtime
+from rlbook.plumbing.runtime import ActorDiedError, RayRuntime, Reference, Runtime
 
 
 class Fleet:
@@ -38,6 +38,8 @@ class Fleet:
         self.actors = [make_actor(place, 0) for place in range(size)]
         self.born = [0] * size
         """How many died in each place."""
+        self.replaced: list[int] = []
+        """The places where one died, in the order in which new ones were made."""
         self._in_a_row = 0
 
     def __len__(self) -> int:
@@ -68,8 +70,13 @@ class Fleet:
     def replace_if_dead(self, place: int) -> None:
         """A new actor where the old one answers no more."""
         if not alive(self.runtime, self.actors[place]):
-            self.born[place] += 1
-            self.actors[place] = self._make_actor(place, self.born[place])
+            self.replace(place)
+
+    def replace(self, place: int) -> None:
+        """A new actor."""
+        self.born[place] += 1
+        self.replaced.append(place)
+        self.actors[place] = self._make_actor(place, self.born[place])
 
     def settle(self) -> None:
         """Waits until all are there and have done what they were asked; replaces the dead."""
@@ -83,10 +90,18 @@ class Fleet:
         """The state of every actor; nothing may be in flight."""
         with self.runtime.off_the_clock():
             calls = [actor.state_dict.remote() for actor in self.actors]
-            return {"actors": self.runtime.get(calls)}
+            return {"actors": self.runtime.get(calls), "replaced": list(self.replaced)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from `state_dict`."""
+        """Continues from `state_dict`. Where the clock is virtual, those who died are replaced once
+        more: it goes on with the same actors, or not at all.
+        """
+        for place in state["replaced"]:
+            if isinstance(self.runtime, RayRuntime):
+                self.born[place] += 1
+                self.replaced.append(place)
+            else:
+                self.replace(place)
         pairs = zip(self.actors, state["actors"], strict=True)
         with self.runtime.off_the_clock():
             self.runtime.get([actor.load_state_dict.remote(kept) for actor, kept in pairs])
