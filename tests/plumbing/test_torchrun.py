@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing import Pipe
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,8 +23,9 @@ from rlbook import cli, dppo
 from rlbook.harness.result import Result
 from rlbook.plumbing import group, torchrun
 from rlbook.plumbing.cluster import Cluster, Node
+from rlbook.plumbing.crew import CrewError
 from rlbook.plumbing.group import SharedBoard
-from rlbook.plumbing.torchrun import Launch, StoreBoard, launched
+from rlbook.plumbing.torchrun import Launch, RankCrew, StoreBoard, launched
 from rlbook.plumbing.virtual import VirtualRuntime
 from tests.runs import same_parameters
 
@@ -226,6 +228,8 @@ def test_an_error_in_a_rank_ends_the_run_with_its_traceback(tmp_path):
         (["train", "dppo", "--runtime", "virtual"], "runtime: torchrun"),
         (["train", "dppo", "--clip", "0"], "clip: must be larger than 0"),
         (["train", "ppo"], "torchrun starts `rlbook train dppo ...` and nothing else"),
+        (["train", "dppo", "--help"], "torchrun starts `rlbook train dppo ...` and nothing else"),
+        (["--version"], "torchrun starts `rlbook train dppo ...` and nothing else"),
         (["record", "a", "dppo"], "torchrun starts `rlbook train dppo ...` and nothing else"),
     ],
 )
@@ -236,6 +240,33 @@ def test_bad_settings_are_refused_by_rank_0_alone(words, message, monkeypatch, c
     assert cli.main(words) == 2 and list(tmp_path.iterdir()) == []
     out, err = capsys.readouterr()
     assert out == "" and re.fullmatch(rf"rlbook: {message}[^\n]*\n", err)
+
+
+def test_other_ranks_read_no_command(monkeypatch):
+    for name, value in (("RANK", 1), ("WORLD_SIZE", 2), ("MASTER_PORT", 1), ("MASTER_ADDR", "x")):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torchrun, "serve", lambda: 7)
+    assert cli.main(["no", "command"]) == 7
+
+
+@pytest.mark.filterwarnings("ignore:Unable to enable fault handler")
+def test_who_lost_the_others_lets_the_first_to_die_be_found(monkeypatch, capsys):
+    for name, value in (("RANK", 1), ("WORLD_SIZE", 2), ("MASTER_PORT", 1), ("MASTER_ADDR", "x")):
+        monkeypatch.setenv(name, str(value))
+    ours, theirs = Pipe()
+    theirs.close()
+    slept = []
+    monkeypatch.setattr(torchrun, "_driver", lambda launch: ours)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        assert torchrun.serve() == 1 and slept == [torchrun.GRACE_S] and slept[0] >= 1
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert capsys.readouterr().err == "rlbook: rank 1: rank 0 is gone\n"
+    with pytest.raises(CrewError, match="rank 1 of 2 is gone: resume from the last checkpoint"):
+        RankCrew._replace(SimpleNamespace(size=2), 1)
+    assert slept == [torchrun.GRACE_S] * 2
 
 
 def test_one_message_is_seen(tmp_path):
