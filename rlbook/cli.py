@@ -35,9 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return serve()
     try:
+        if launch is not None and launch.size > 1:  # all else would let the other ranks wait
+            if words[:2] != ["train", TORCHRUN] or {"-h", "--help"} & set(words):
+                raise ValueError(f"torchrun starts `rlbook train {TORCHRUN} ...` and nothing else")
         options, rest = _parser().parse_known_args(words)
-        if launch is not None and launch.size > 1 and words[:2] != ["train", TORCHRUN]:
-            raise ValueError(f"torchrun starts `rlbook train {TORCHRUN} ...` and nothing else")
         if rest and options.command not in ("train", "record"):
             raise ValueError(f"{options.command}: unknown argument {rest[0]!r}")
         return options.run(options, rest)
@@ -92,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     record.add_argument("system", nargs="?")
     record.add_argument("--seeds", type=int, default=1)
     record.add_argument("--results-dir", default="results")
+    record.add_argument("--no-policy", action="store_true")
     evaluate = add("eval", _eval, "fresh episodes of a trained policy")
     evaluate.add_argument("run_dir")
     evaluate.add_argument("--episodes", type=int, default=100)
@@ -232,7 +234,10 @@ def _record(options: argparse.Namespace, rest: list[str]) -> int:
     from rlbook.harness.records import make_record
 
     if {"-h", "--help"} & set(rest) and options.system is None:
-        print("usage: rlbook record NAME SYSTEM [--seeds N] [--results-dir DIR] [settings]\n")
+        print(
+            "usage: rlbook record NAME SYSTEM [--seeds N] [--results-dir DIR] [--no-policy]"
+            " [settings]\n"
+        )
         return _list(options, [])
     if options.name is None or options.system is None:
         raise ValueError("record: give a name and a system: rlbook record NAME SYSTEM [settings]")
@@ -241,7 +246,10 @@ def _record(options: argparse.Namespace, rest: list[str]) -> int:
     if options.seeds != 1:
         command += f" --seeds {options.seeds}"
     folder = Path(options.results_dir) / options.name
-    path = make_record(folder, options.system, config, options.seeds, command)
+    if options.no_policy:
+        command += " --no-policy"
+    keeps = not options.no_policy
+    path = make_record(folder, options.system, config, options.seeds, command, keeps)
     print(f"record kept in {path}")
     return 0
 

@@ -9,6 +9,7 @@
 """
 
 import json
+import os
 import platform
 import resource
 import subprocess
@@ -112,8 +113,13 @@ def env_ceiling_of(config: Any) -> float | None:
         return None
     if processes == 1:
         return env_ceiling(config.env_id, copies)
-    with get_context("spawn").Pool(processes) as pool:
-        return sum(pool.starmap(env_ceiling, [(config.env_id, copies, 2.0)] * processes))
+    with get_context("spawn").Pool(processes, _one_thread) as pool:
+        return sum(pool.starmap(env_ceiling, [(config.env_id, copies, 2.0)] * processes, 1))
+
+
+def _one_thread() -> None:
+    """For this process, as the processes of a run have it."""
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 class TreeMemory:
@@ -164,8 +170,19 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def make_record(folder: Path, system: str, config: Any, seeds: int, command: str) -> Path:
+def make_record(
+    folder: Path, system: str, config: Any, seeds: int, command: str, keep_policy: bool = True
+) -> Path:
     """Trains `seeds` seeds from `config.seed` on, keeps the record, returns its `record.json`.
+
+    Args:
+        folder: of the record, to be made.
+        system: name of the system.
+        config: of its runs.
+        seeds: how many runs.
+        command: that repeats it.
+        keep_policy: the first seed's, too. It comes from a checkpoint, in which a replay memory of
+            frames takes gigabytes; without it no checkpoint is written.
 
     Raises:
         ValueError: the folder exists, or seeds < 1.
@@ -177,14 +194,15 @@ def make_record(folder: Path, system: str, config: Any, seeds: int, command: str
     results = []
     with tempfile.TemporaryDirectory() as scratch, TreeMemory() as memory:
         for index in range(seeds):
-            run_dir = str(Path(scratch) / f"seed{index}")
+            run_dir = str(Path(scratch) / f"seed{index}") if keep_policy else None
             seeded = replace(config, seed=config.seed + index, run_dir=run_dir)
             results.append(system_module(system).train(seeded))
             if results[-1].stopped_because == "interrupted":
                 raise KeyboardInterrupt
         folder.mkdir(parents=True)
-        state = load_checkpoint(Path(scratch) / "seed0" / "checkpoint.npz")
-    _keep_policy(folder, state, results[0])
+        if keep_policy:
+            state = load_checkpoint(Path(scratch) / "seed0" / "checkpoint.npz")
+            _keep_policy(folder, state, results[0])
     ceiling = env_ceiling_of(config)
     document = {
         "name": folder.name,
@@ -251,7 +269,13 @@ def _array(values: list[float | None]) -> np.ndarray:
     return np.array([np.nan if value is None else value for value in values])
 
 
+COMMIT = "RLBOOK_COMMIT"
+"""Variable that says the commit where the code lies without its history."""
+
+
 def _commit() -> str:
+    if COMMIT in os.environ:
+        return os.environ[COMMIT]
     run = subprocess.run(
         ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
     )

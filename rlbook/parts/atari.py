@@ -60,6 +60,6 @@ def make_atari(
         raise ValueError(f"env_id: there is no Atari game {env_id!r}{hint}")
     game = gym.spec(env_id).kwargs["game"]
     threads = os.environ.get("OMP_NUM_THREADS", "")
-    fixed: dict[str, Any] = {"episodic_life": False, "reward_clipping": False, "autoreset_mode": mode}
-    fixed |= {"num_threads": int(threads) if threads.isdecimal() else 0}
+    fixed: dict[str, Any] = {"episodic_life": False, "reward_clipping": False}
+    fixed |= {"autoreset_mode": mode, "num_threads": int(threads) if threads.isdecimal() else 0}
     return AtariVectorEnv(game, num_envs, **{**PREPROCESSING, **fixed, **options})

@@ -21,6 +21,7 @@ from rlbook.harness.records import (
     make_record,
     record,
 )
+from rlbook.harness.run import Run
 
 SEEDS = 2
 
@@ -118,3 +119,14 @@ def test_the_ceiling_is_of_as_many_processes_as_the_system_has() -> None:
 def test_a_policy_is_kept_without_its_optimiser() -> None:
     state = {"shards": [{"parameters": 1, "optimizer": {"state": 2}}], "optimizer": 3}
     assert _without_optimizer(state) == {"shards": [{"parameters": 1}]}
+
+
+def test_a_record_without_a_policy_writes_no_checkpoint(tmp_path, monkeypatch):
+    """And names the commit that it is told, where the history of the code is not there."""
+    monkeypatch.setenv("RLBOOK_COMMIT", "0123456789ab")
+    written = []
+    monkeypatch.setattr(Run, "checkpoint", lambda run: written.append(run.run_dir))
+    config = ppo.Config(env_id="rlbook/Catch-v0", num_envs=4, total_env_steps=500)
+    path = make_record(tmp_path / "bare", "ppo", config, 1, "rlbook record bare ppo", False)
+    assert [file.name for file in path.parent.iterdir()] == ["record.json"]
+    assert set(written) <= {None} and json.loads(path.read_text())["commit"] == "0123456789ab"
