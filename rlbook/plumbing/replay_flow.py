@@ -277,6 +277,7 @@ def remote_flow(
         actor,
         costs={"play": {"env_step": config.unroll_length, "inference": forwards, "fold": 1}},
         returns={"play": (report, StandIn(made_bytes))},
+        spread=True,
     )
     vector = StandIn(parameters.nbytes, Vector(0, parameters))
     back = [StandIn(16 * updates * config.batch_size // max(replay.parts, 1) // size)]
