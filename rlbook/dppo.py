@@ -19,6 +19,10 @@ near-perfect PointGoal navigators from 2.5 billion frames"), with DD-PPO's preem
 cut short when most others have finished theirs. Gradients count by their samples and
 advantages are normalised over all workers: N workers with B/N copies each do what one does with B.
 
+Worker i learns on GPU i of its computer (`device` "cuda"), in bfloat16 and compiled on request. Its
+convolutions act there too; a small network acts as a copy on the host. torchrun may start the
+workers instead, on several hosts too (see `plumbing/torchrun.py`).
+
 Differs from the papers: the clipped objective, where DPPO penalises KL(old ‖ new); feed-forward
 networks, where both have LSTMs; advantages are normalised unless `normalize_advantages` is False;
 rollouts in proportion to the workers' speeds on request (`balance`).
@@ -72,7 +76,7 @@ class Config(DeviceFields, RunConfig):
     wiring: Literal["all_reduce", "parameter_server"] = "all_reduce"
     """Who adds up the gradients: the workers among themselves, or a server."""
     num_workers: int = 2
-    """N, processes that act and learn (64 GPUs in DD-PPO's longest run)."""
+    """N, processes that act and learn (64 GPUs in DD-PPO's longest run); torchrun's ranks."""
     num_envs: int = 32
     """B, copies of each worker (4 in DD-PPO)."""
     update_rule: Literal["sync", "async"] = "sync"
