@@ -186,10 +186,9 @@ class CentralFlow:
         if not self.in_flight:
             self._pass(due_in)
             return None
-        ready, _ = self.runtime.wait(self.in_flight, timeout=due_in)
-        if not ready:
+        reference = self.learners.wait(self.in_flight, timeout=due_in)
+        if reference is None:
             return None
-        reference = ready[0]
         match asked := self.in_flight.pop(reference):
             case Step():
                 self._stepped(asked, self.workers.answer(asked.place, reference))
