@@ -107,7 +107,10 @@ def _parser() -> argparse.ArgumentParser:
     video.add_argument("run_dir")
     video.add_argument("--out", default=None)
     video.add_argument("--seed", type=int, default=10_000)
-    add("doctor", _doctor, "what this machine has, what is wrong with it and how to mend that")
+    doctor = add(
+        "doctor", _doctor, "what this machine has, what is wrong with it and what to start on it"
+    )
+    doctor.add_argument("--ray-address", metavar="ADDRESS", help="of a Ray cluster to look at too")
     return parser
 
 
@@ -293,11 +296,20 @@ def _video(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _doctor(options: argparse.Namespace, rest: list[str]) -> int:
-    from rlbook.harness.doctor import examine
+    from rlbook.harness.doctor import examine, here
+    from rlbook.harness.placement import Host, lines
 
     findings = examine()
     for finding in findings:
         print(finding)
+    hosts = [here()]
+    if options.ray_address is not None:
+        from rlbook.plumbing.joining import hosts_of
+        from rlbook.plumbing.runtime import RayRuntime
+
+        with RayRuntime(address=options.ray_address):
+            hosts = [Host(*host) for host in hosts_of()]
+    print("\n" + "\n".join(lines(hosts)))
     return 1 if any(finding.wrong for finding in findings) else 0
 
 

@@ -8,6 +8,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlbook.harness.placement import Host
+
 GIB = 2**30
 
 
@@ -39,6 +41,17 @@ def examine() -> list[Finding]:
         _gpu(),
         _atari(),
     ]
+
+
+def here() -> Host:
+    """This computer, for advice on what to start."""
+    try:
+        import torch
+
+        gpus = torch.cuda.device_count()
+    except ModuleNotFoundError:
+        gpus = 0
+    return Host(usable_cores(), memory_bytes() / GIB, gpus)
 
 
 def usable_cores() -> int:

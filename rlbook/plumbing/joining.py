@@ -65,6 +65,18 @@ def refuse_stranger(address: str, timeout_s: float = 5.0) -> None:
             ) from None
 
 
+def hosts_of() -> list[tuple[int, float, int]]:
+    """(cores, GiB of memory, GPUs) that each host of the cluster gives to Ray."""
+    import ray
+
+    has = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [
+        (int(one.get("CPU", 0)), one.get("memory", 0.0) / 2**30, int(one.get("GPU", 0)))
+        for one in has
+        if one.get("CPU", 0) >= 1
+    ]
+
+
 def interface_of(address: str) -> str:
     """The name of this computer's network interface with an address. gloo would take the one that
     the host's own name leads to, which others may not reach (127.0.1.1 on many a Debian).

@@ -3,6 +3,7 @@
 import os
 from types import SimpleNamespace
 
+from rlbook.cli import main
 from rlbook.harness import doctor
 from rlbook.harness.doctor import GIB, Finding, examine
 
@@ -41,3 +42,19 @@ def test_a_line_is_marked_where_something_is_wrong():
     assert str(Finding("cores", "2")) == "ok  cores          2"
     assert str(Finding("cores", "1", "buy one")).startswith(" !  cores")
     assert str(Finding("cores", "1", "buy one")).endswith("→ buy one")
+
+
+def test_it_says_what_to_start_here(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "usable_cores", lambda: 16)
+    monkeypatch.setattr(doctor, "memory_bytes", lambda: 64 * GIB)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert doctor.here() == (16, 64.0, 1)
+    main(["doctor"])
+    said = capsys.readouterr().out
+    assert "To begin with, on 16 cores, 64 GiB, 1 GPUs:" in said
+    assert "    rlbook train impala --num-actors 14 --device auto" in said
+
+
+def test_a_cluster_that_is_not_there_is_one_line(capsys):
+    assert main(["doctor", "--ray-address", "127.0.0.1:1"]) == 2
+    assert capsys.readouterr().err.startswith("rlbook: ray_address: no Ray cluster answers at")
