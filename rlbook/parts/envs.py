@@ -16,6 +16,7 @@ Unrolls need NEXT_STEP, where bootstrapping through a time limit needs no specia
 refuses the others.
 """
 
+import importlib
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -266,7 +267,8 @@ def make_envs(
     """A vector of `num_envs` copies of a Gymnasium environment.
 
     Args:
-        env_id: any Gymnasium id; `rlbook/Catch-v0`, `rlbook/GridWorld-v0`, `rlbook/Memory-v0`,
+        env_id: any Gymnasium id, with the module that registers it before it (`module:Env-v0`);
+            `rlbook/Catch-v0`, `rlbook/GridWorld-v0`, `rlbook/Memory-v0`,
             `rlbook/MaskedCartPole-v0`, `rlbook/Costly-v0`; Atari as `ALE/Pong-v5` (needs the extra
             `atari`), with the preprocessing of Mnih et al. (2015): grey 84 × 84 frames, the maximum
             of two, four stacked, each action four times, up to 30 no-ops at the start, no sticky
@@ -325,15 +327,18 @@ def _make_gymnasium(
 ) -> gym.vector.VectorEnv:
     sync: dict[str, Any] = {"vectorization_mode": "sync", "vector_kwargs": {"autoreset_mode": mode}}
     flat = {**sync, "wrappers": [gym.wrappers.FlattenObservation]}
+    module, _, name = env_id.rpartition(":")
     try:
-        native = gym.spec(env_id).vector_entry_point is not None
+        if module:  # which registers it when it is imported
+            importlib.import_module(module)
+        native = gym.spec(name).vector_entry_point is not None
         native = native and mode is AutoresetMode.NEXT_STEP
         how: dict[str, Any] = {"vectorization_mode": "vector_entry_point"} if native else sync
-        envs = gym.make_vec(env_id, num_envs, render_mode=render_mode, **how, **options)
+        envs = gym.make_vec(name, num_envs, render_mode=render_mode, **how, **options)
         if not isinstance(envs.single_observation_space, gym.spaces.Box):
             envs.close()
-            envs = gym.make_vec(env_id, num_envs, render_mode=render_mode, **flat, **options)
-    except (gym.error.Error, ModuleNotFoundError, TypeError) as error:
+            envs = gym.make_vec(name, num_envs, render_mode=render_mode, **flat, **options)
+    except (gym.error.Error, ImportError, TypeError) as error:
         raise ValueError(f"env_id: cannot make {env_id!r}: {_one_line(error)}") from error
     if not isinstance(envs.single_observation_space, gym.spaces.Box):
         space = envs.single_observation_space

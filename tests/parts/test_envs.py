@@ -189,3 +189,20 @@ def test_actions_that_do_not_count_from_zero_are_refused():
     envs.action_space = gym.spaces.Discrete(3, start=1)
     with pytest.raises(ValueError, match="from 0"):
         require_discrete(envs, "dqn")
+
+
+def test_an_environment_that_a_module_registers(tmp_path, monkeypatch):
+    """Gymnasium's own syntax, `module:Env-v0`."""
+    (tmp_path / "my_envs.py").write_text(
+        "import gymnasium as gym\n"
+        "from gymnasium.envs.classic_control import CartPoleEnv\n"
+        "gym.register('Mine-v0', entry_point=CartPoleEnv, max_episode_steps=7)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    envs = make_envs("my_envs:Mine-v0", 2, 0)
+    for _ in range(8):
+        envs.step(np.zeros(2, int))
+    assert envs.env_id == "my_envs:Mine-v0" and len(envs.episodes()) == 2
+    for env_id, said in (("no_module:Mine-v0", "no_module"), ("my_envs:Other-v0", "Other")):
+        with pytest.raises(ValueError, match=f"env_id: cannot make '{env_id}': .*{said}"):
+            make_envs(env_id, 2, 0)
