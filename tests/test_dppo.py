@@ -821,6 +821,13 @@ def test_a_network_that_acts_where_it_learns_sends_its_answers_back(monkeypatch)
     assert same_parameters(run_on(SHORT), plain) and len(calls) == 2
 
 
+def test_workers_of_a_server_share_the_gpus_that_ray_has(monkeypatch):
+    asked = []
+    monkeypatch.setattr(served_rounds, "placed", lambda _, learners: asked.append(learners) or {})
+    run_on(replace(SERVED, num_workers=3, total_env_steps=300))
+    assert asked == [3, 3, 3]
+
+
 def test_in_bfloat16_parameters_and_losses_stay_float32(monkeypatch):
     seen, original = [], dppo.loss_function
 

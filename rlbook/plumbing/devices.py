@@ -100,8 +100,12 @@ def device_here(config: Any, rank: int = 0) -> torch.device:
     return device
 
 
-def placed(config: Any) -> dict[str, Any]:
+def placed(config: Any, learners: int | None = None) -> dict[str, Any]:
     """Ray's options for one learner of `config`; asked when the runtime is open.
+
+    Args:
+        config: of the system.
+        learners: how many there are; `num_learners` by default.
 
     Raises:
         ValueError: the cluster has too few GPUs; Ray would wait for more without end.
@@ -111,7 +115,8 @@ def placed(config: Any) -> dict[str, Any]:
     virtual = getattr(config, "runtime", "ray") == "virtual"
     if config.device not in ("cuda", "auto") or virtual or not ray.is_initialized():
         return {}
-    gpus, learners = int(ray.cluster_resources().get("GPU", 0)), getattr(config, "num_learners", 1)
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    learners = learners or getattr(config, "num_learners", 1)
     share, on_one = config.gpus_per_learner, int(1 / config.gpus_per_learner + 1e-9)
     if config.device == "auto":
         if not gpus:

@@ -208,7 +208,7 @@ class ServedRounds:
             costs={name: costs[name] for name in ("rollout", "gradient")},
             returns={"rollout": rollout, "gradient": (self._report(0), *pieces)},
             spread=True,
-            **placed(self.config),
+            **placed(self.config, self.pace.size),
         )
         return remote.remote(self.config, index, born, isinstance(self.runtime, RayRuntime))
 

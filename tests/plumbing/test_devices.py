@@ -107,6 +107,7 @@ def test_ray_gives_learners_gpus_or_parts_of_them(monkeypatch):
         assert dv.placed(Config(device="auto", num_learners=2)) == whole
         assert dv.placed(Config(device="auto", num_learners=3))["num_gpus"] == 0.5
         assert dv.placed(Config(device="auto", num_learners=6))["num_gpus"] == 0.3333
+        assert dv.placed(Config(device="auto"), 6)["num_gpus"] == 0.3333
         half = Config(device="cuda", num_learners=4, gpus_per_learner=0.5, **cluster)
         assert dv.placed(half)["num_gpus"] == 0.5
         for settings in ({"num_learners": 3}, {"num_learners": 3, "gpus_per_learner": 0.6}):
