@@ -179,8 +179,15 @@ def archive(path: Path, asked: Asked, names: Sequence[str]) -> None:
     fresh.replace(path)
 
 
-def run_tests(report: Path) -> int:
-    """`pytest -m cuda`: how many passed, were skipped and failed, with machine and commit."""
+def run_tests(report: Path, rehearse: bool) -> int:
+    """`pytest -m cuda`: how many passed, were skipped and failed, with machine and commit; 1 where
+    there is no GPU and it is no rehearsal.
+    """
+    import torch
+
+    if not (rehearse or torch.cuda.is_available()):
+        print("no GPU here: all would be skipped")
+        return 1
     from rlbook.harness.records import _commit, machine
     from rlbook.harness.run import versions
 
@@ -222,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Job after job, as long as there is time; 1 if any failed."""
     options = options_of(arguments)
     if options.run_tests is not None:
-        return run_tests(options.run_tests)
+        return run_tests(options.run_tests, options.rehearse)
     asked = Asked(options.results_dir.resolve(), options.rehearse)
     chosen = [job for job in JOBS if job.name in options.only and job.name not in options.skip]
     left, failed = partial(_left, time.monotonic() + 60 * options.budget), False

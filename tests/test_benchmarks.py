@@ -5,6 +5,8 @@ import math
 import shutil
 import subprocess
 import sys
+import tarfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from benchmarks import (
     dppo,
     envs,
     gorila,
+    gpu,
     impala,
     imports,
     learners,
@@ -35,6 +38,7 @@ from benchmarks import (
     value_iteration,
     virtual,
 )
+from rlbook import cli
 
 HEADER = {"benchmark", "command", "machine", "load_before", "versions", "targets", "rows"}
 
@@ -292,6 +296,88 @@ def test_a_made_up_unroll_is_one_that_a_learner_takes() -> None:
     assert unroll.agent_outputs.logits.shape == (3, 2, 6) and unroll.valid.dtype == bool
     again = learners.made_up(3, 2)
     assert np.array_equal(unroll.env_outputs.observation, again.env_outputs.observation)
+
+
+def test_all_records_of_a_gpu_have_commands_that_are_understood(tmp_path: Path) -> None:
+    """Each fits a call of ten minutes, and trains what it is called after."""
+    for rehearse in (False, True):
+        asked = gpu.Asked(tmp_path, rehearse)
+        for job in gpu.JOBS:
+            words = job.command(job, asked)
+            assert job.name.startswith("gpu-") and job.minutes < 10
+            if words[:2] == ["rlbook", "record"]:
+                options, rest = cli._parser().parse_known_args(words[1:])
+                config = cli._config(options.system, rest, "record")
+                assert (options.name, options.system) == (job.name, job.name.split("-")[1])
+                assert config.env_id == "ALE/Pong-v5" and options.no_policy
+                assert (config.stop_at_return == 18.0) is job.name.endswith("-pong")
+                assert not rehearse or config.total_env_steps == gpu.TINY_STEPS
+    assert len({job.name for job in gpu.JOBS}) == len(gpu.JOBS)
+
+
+def test_a_run_until_solved_is_as_long_as_the_measured_rate_allows(tmp_path: Path) -> None:
+    asked = gpu.Asked(tmp_path, False)
+    job = next(job for job in gpu.JOBS if job.name == "gpu-impala-pong")
+    assert "--total-env-steps" not in job.command(job, asked)
+    folder = tmp_path / "gpu-impala-throughput"
+    folder.mkdir()
+    runs = [{"metrics": {"env_steps_per_s": 20_000.0}}]
+    (folder / "record.json").write_text(json.dumps({"runs": runs}))
+    words = job.command(job, asked)
+    assert int(words[words.index("--total-env-steps") + 1]) == 20_000 * 450 < 20_000 * 60 * 10
+
+
+def words_for(code: str) -> Any:
+    return lambda job, asked: ["timeit", "-n1", "-r1", code.format(asked.results / job.name)]
+
+
+MAKES = (
+    "import os; os.mkdir('{0}'); open('{0}/record.json', 'w').write(os.environ['RLBOOK_COMMIT'])"
+)
+
+
+def test_records_are_made_once_and_kept_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    child_id = tmp_path / "pid"
+    hangs = (
+        "import subprocess, time; p = subprocess.Popen(['sleep', '60']);"
+        f"open({str(child_id)!r}, 'w').write(str(p.pid)); time.sleep(60)"
+    )
+    jobs = (
+        gpu.Job("gpu-good", 1.0, words_for(MAKES)),
+        gpu.Job("gpu-hangs", 0.05, words_for(hangs)),
+        gpu.Job("gpu-fails", 1.0, words_for("raise ValueError(1234)")),
+        gpu.Job("gpu-long", 9.0, words_for(MAKES)),
+        gpu.Job("gpu-short", 1.0, words_for(MAKES)),
+    )
+    monkeypatch.setattr(gpu, "JOBS", jobs)
+    results, tar = tmp_path / "results", tmp_path / "all.tar"
+    flags = ["--results-dir", str(results), "--budget", "5", "--commit", "0123"]
+    assert gpu.main([*flags, "--archive", str(tar)]) == 1
+    said = capsys.readouterr().err
+    for word in ("good: made", "hangs: took too long", "1234", "long: no time", "short: made"):
+        assert word in said
+    assert (results / "gpu-good" / "record.json").read_text() == "0123"
+    with suppress(psutil.NoSuchProcess):  # a zombie where nobody asks how it ended
+        assert psutil.Process(int(child_id.read_text())).status() == psutil.STATUS_ZOMBIE
+    with tarfile.open(tar) as found:
+        names = set(found.getnames())
+    assert {"results/gpu-good/record.json", "results/gpu-short/record.json"} <= names
+    assert "results/gpu-fails.log" in names and not any("long" in name for name in names)
+    gpu.main([*flags, "--only", "gpu-good"])
+    assert "gpu-good: is there" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_rehearsal(tmp_path: Path) -> None:
+    pytest.importorskip("ale_py")
+    name = "gpu-dppo-throughput"
+    assert gpu.main(["--rehearse", "--only", name, "--results-dir", str(tmp_path)]) == 0
+    document = json.loads((tmp_path / name / "record.json").read_text())
+    assert document["system"] == "dppo" and document["config"]["env_id"] == "ALE/Pong-v5"
+    assert document["env_ceiling"] > 0 and str(tmp_path) not in json.dumps(document)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_seed_rl(tmp_path: Path) -> None:
