@@ -17,7 +17,6 @@ from __future__ import annotations
 import atexit
 import logging
 import subprocess
-import sys
 import time
 import warnings
 import weakref
@@ -28,11 +27,10 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self
 
-import psutil
-
 from rlbook.plumbing import watchdog
 from rlbook.plumbing.joining import Places, refuse_stranger
 from rlbook.plumbing.quiet import hush_deaths, is_death, quiet_ray
+from rlbook.plumbing.ray_processes import end, ray_children, start_watchdog
 from rlbook.plumbing.timeline import DRIVER, KEPT, Timeline, timed
 
 if TYPE_CHECKING:
@@ -179,16 +177,16 @@ class RayRuntime:
             refuse_stranger(self.address)
         atexit.register(self.shutdown)
         self._running, self._entered_at = True, time.time()
-        self._unhush, before = hush_deaths(), set(_ray_children())
+        self._unhush, before = hush_deaths(), set(ray_children())
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 ray.init(address=self.address or "local", **quiet)
             if self.address is None:
-                self._watchdog = _start_watchdog()
+                self._watchdog = start_watchdog()
         except BaseException:
             self.shutdown()
-            _end(set(_ray_children()) - before)
+            end(set(ray_children()) - before)
             raise
         return self
 
@@ -368,40 +366,3 @@ class _RayClass:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ray_class, name)
-
-
-def _start_watchdog() -> subprocess.Popen[bytes] | None:
-    """See :mod:`rlbook.plumbing.watchdog`; on Linux alone (elsewhere Ray brings its own)."""
-    if not sys.platform.startswith("linux"):
-        return None
-    return subprocess.Popen(
-        [sys.executable, "-S", "-E", watchdog.__file__]
-        + [f"{child.pid}:{watchdog.started_at(child.pid)}" for child in _ray_children()],
-        stdin=subprocess.PIPE,
-        start_new_session=True,
-    )
-
-
-def _ray_children() -> list[psutil.Process]:
-    """Processes of Ray that descend from this one."""
-    words = ("raylet", "gcs_server", "ray::", "ray/_private/", "ray/dashboard/", "ray/autoscaler/")
-    family = [child for child in psutil.Process().children(recursive=True) if child.is_running()]
-    return [child for child in family if any(word in _words(child) for word in words)]
-
-
-def _words(process: psutil.Process) -> str:
-    """Its command line; none if it is gone."""
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
-
-
-def _end(processes: Collection[psutil.Process]) -> None:
-    """Kills processes and waits until they are gone."""
-    for process in processes:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            pass
-    psutil.wait_procs(processes, timeout=5.0)
