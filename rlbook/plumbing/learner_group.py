@@ -25,7 +25,7 @@ from rlbook.parts.on_device import numbers, there
 from rlbook.plumbing.devices import HostCopy
 from rlbook.plumbing.joining import interface_of
 from rlbook.plumbing.param_server import Alive
-from rlbook.plumbing.runtime import ActorDiedError, RayRuntime, Reference, Runtime
+from rlbook.plumbing.runtime import RayRuntime, Reference, Runtime
 from rlbook.plumbing.together import GroupBroken, Together
 
 
@@ -339,18 +339,34 @@ class LearnerGroup:
         return answers[:: max(1, len(answers) // len(self.learners))]
 
     def _cause(self, answers: Sequence[Reference]) -> Exception:
-        """Why an update failed: a learner's death, or else what one of them raised first. Who
-        waited for the others in vain is not to blame.
+        """Why an update failed: what one of them died of or raised. Who waited for the others in
+        vain is not to blame, and who still does is not waited for.
         """
-        errors = []
-        for reference in answers:
-            try:
-                self.runtime.get(reference)
-            except Exception as error:
-                errors.append(error)
-        deaths = [error for error in errors if isinstance(error, ActorDiedError)]
-        raised = [error for error in errors if not isinstance(error, GroupBroken)]
-        return (deaths or raised or errors)[0]
+        in_vain, left = [], list(answers)
+        while left:
+            (reference,), left = self.runtime.wait(left)  # type: ignore[assignment]
+            if (error := self._error(reference)) is None:
+                continue
+            if not isinstance(error, GroupBroken):
+                # What nobody asks for Ray would print: the others' errors, if they are there soon.
+                for one in self._soon(left):
+                    self._error(one)
+                return error
+            in_vain.append(error)
+        return in_vain[0]
+
+    def _soon(self, references: Sequence[Reference]) -> Sequence[Reference]:
+        """Those that are there within a second."""
+        count = len(references)
+        return self.runtime.wait(references, num_returns=count, timeout=1.0)[0] if count else []
+
+    def _error(self, reference: Reference) -> Exception | None:
+        """What a call of a learner raised; waits for it."""
+        try:
+            self.runtime.get(reference)
+        except Exception as error:
+            return error
+        return None
 
     def _introduce(self) -> None:
         """The learners meet, at the first one's place."""
