@@ -294,11 +294,11 @@ class Learner(ReplayLearner):
         size, beta, least = batch.size, config.importance_exponent, batch.smallest
         sample = weighed(sample, size=size, exponent=beta, smallest=least)
         with self.cast():
-            loss, *found = loss_function(self.online, self.target, sample, config)
+            loss, priorities, metrics = loss_function(self.online, self.target, sample, config)
         self.flat.gradients.zero_()
         loss.backward()
         steps = sample.items.valid[:, config.burn_in_length :][:, : config.sequence_length]
-        return Found(found[0], float(steps.sum()), found[1])
+        return Found(priorities, float(steps.sum()), metrics)
 
 
 def turn(flow: ReplayFlow) -> Turn:

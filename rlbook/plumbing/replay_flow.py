@@ -1,14 +1,14 @@
-"""What is on its way between actors, a replay memory and a learner, as a driver conducts it.
+"""What is on its way between actors, a replay memory and learners, as a driver conducts it.
 
-    while flow.may_learn():  flow.learn()     a draw goes to the learner, before it has asked
+    while flow.may_learn():  flow.learn()     a draw goes to the learners, before they have asked
     while flow.may_act():    flow.act()       whoever is free plays on, with the newest weights
     turn = flow.first()                       waits for whoever is first
 
-    in_flight: reference ──► Chunk (experience), Stored, or Update (a draw at the learner)
+    in_flight: reference ──► Chunk (experience), Stored, or Update (a draw at the learners)
 
 Back-pressure is the size of what is in flight: each actor has one chunk; as many may wait to be
-stored as there are actors; the learner has so many draws, of which all but one are being made and
-sent while it learns. A `RateLimiter` keeps acting and learning in step. Data goes by in references
+stored as there are actors; the learners have so many draws, of which all but one are being made and
+sent while they learn. A `RateLimiter` keeps acting and learning in step. Data goes by in references
 that nobody here opens.
 """
 
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlbook.plumbing.deeds import StandIn
+from rlbook.plumbing.devices import placed
 from rlbook.plumbing.fleet import Fleet
 from rlbook.plumbing.learner_group import Vector
 from rlbook.plumbing.rate_limiter import RateLimiter
@@ -143,7 +144,7 @@ class ReplayFlow:
 
     def first(self) -> Turn:
         """Waits for the first of all that is in flight, and sees to what follows from it."""
-        (reference,), _ = self.runtime.wait(self.in_flight)
+        reference = self.learners.first(self.in_flight)
         asked = self.in_flight.pop(reference)
         if isinstance(asked, Update):
             self.learning -= 1
@@ -214,7 +215,7 @@ class ReplayFlow:
 
     def _learnt(self, reference: Reference, update: Update) -> dict[str, float] | None:
         """Priorities go back; metrics, with what is known here alone."""
-        if (metrics := self.learners.answer(reference)) is None:
+        if (metrics := self.learners.learnt(reference)) is None:
             self.replay.mend()
             return None
         lag = float(self.made - update.drawn_at)
@@ -270,8 +271,7 @@ def remote_flow(
     """
     if config.update_rule == "sync" and config.samples_per_insert is None:
         raise ValueError("samples_per_insert: must be a number with update_rule 'sync', got None")
-    metered, updates = isinstance(runtime, RayRuntime), config.updates_per_call
-    size = config.num_learners
+    metered = isinstance(runtime, RayRuntime)
     client = () if replay.memory is None else (replay.memory,)
     actors = runtime.remote(
         actor,
@@ -279,26 +279,33 @@ def remote_flow(
         returns={"play": (report, StandIn(made_bytes))},
         spread=True,
     )
-    vector = StandIn(parameters.nbytes, Vector(0, parameters))
-    back = [StandIn(16 * updates * config.batch_size // max(replay.parts, 1) // size)]
-    answer = {}, vector, *back * replay.parts
-    lowest = StandIn(8 * (1 + updates))
-    learners = runtime.remote(
-        learner,
-        costs={"learn": {"learn": updates}, "share": {"learn": 1 / size}},
-        returns={"learn": answer, "begin": lowest, "share": vector, "finish": answer}
-        | {"newest": vector},
-    )
+    learners = _remote_learners(runtime, learner, replay.parts, config, parameters)
 
     def make_actor(place: int, born: int) -> Any:
         return actors.remote(config, place, born, metered, *client)
 
-    fleet = Fleet(runtime, make_actor, config.num_actors, "play")
-    tolerance = 0 if config.update_rule == "sync" else config.rate_tolerance
-    limiter = RateLimiter(config.samples_per_insert, config.learning_starts, tolerance)
-
     def make_learner(rank: int) -> Any:
         return learners.remote(config, rank, metered, *client)
 
-    group = ReplayGroup(runtime, make_learner, size, updates)
+    fleet = Fleet(runtime, make_actor, config.num_actors, "play")
+    tolerance = 0 if config.update_rule == "sync" else config.rate_tolerance
+    limiter = RateLimiter(config.samples_per_insert, config.learning_starts, tolerance)
+    group = ReplayGroup(runtime, make_learner, config.num_learners, config.updates_per_call)
     return ReplayFlow(runtime, fleet, group, replay, limiter, chunk_rows, config)
+
+
+def _remote_learners(
+    runtime: Runtime, learner: type, parts: int, config: Any, parameters: np.ndarray
+) -> Any:
+    """The class of learners on a runtime; `parts` of a draw for each."""
+    vector, size = StandIn(parameters.nbytes, Vector(0, parameters)), config.num_learners
+    updates, rows = config.updates_per_call, config.batch_size * config.updates_per_call
+    answer = {}, vector, *[StandIn(16 * rows // max(parts, 1) // size)] * parts
+    answers = {"learn": answer, "finish": answer, "share": vector, "newest": vector}
+    return runtime.remote(
+        learner,
+        costs={"learn": {"learn": updates}, "share": {"learn": 1 / size}},
+        returns={**answers, "begin": StandIn(8 * (1 + updates))},
+        spread=size > 1,
+        **placed(config),
+    )

@@ -10,7 +10,7 @@ learner, which takes the mean. All have the same parameters, the same optimiser 
 always: what learner 0 says of itself is true of all.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from rlbook.plumbing.learner_group import LearnerGroup
@@ -19,6 +19,10 @@ from rlbook.plumbing.param_server import alive
 from rlbook.plumbing.replay_server import Draw
 from rlbook.plumbing.runtime import ActorDiedError, Reference, Runtime
 from rlbook.plumbing.together import GroupBroken
+
+PATIENCE_S = 10.0
+"""How long the others are waited for, when a learner could not learn from a draw: if it was lost,
+it was lost for all, and nobody began."""
 
 
 class ReplayGroup(LearnerGroup):
@@ -36,6 +40,8 @@ class ReplayGroup(LearnerGroup):
     ) -> None:
         super().__init__(runtime, make_learner, size)
         self.updates = updates
+        self._failed: set[Reference] = set()
+        """Metrics of draws that not all learners could learn from."""
         self.deal = Deal(size, updates) if size > 1 else ONE_LEARNER
         """How a draw is to be dealt to them."""
 
@@ -53,21 +59,49 @@ class ReplayGroup(LearnerGroup):
         else:
             calls = self._in_steps(parts)
         metrics, weights = calls[0][:2]
-        self._answers[metrics] = [call[0] for call in calls]
+        self._answers[metrics] = [reference for call in calls for reference in call]
         return metrics, weights, [back for call in calls for back in call[2:]]
 
-    def answer(self, metrics: Reference) -> dict[str, float] | None:
+    def first(self, references: Collection[Reference]) -> Reference:
+        """Waits for the first of these that is there, metrics of draws among them; or for those of
+        a draw that another learner could not learn from: who waits for that one waits in vain.
+        """
+        while self._meets:
+            others = {
+                one: metrics
+                for metrics, answers in self._answers.items()
+                for one in self._metrics(answers)[1:]
+                if one not in self._seen
+            }
+            (ready,), _ = self.runtime.wait([*references, *others])
+            if ready in references:
+                return ready
+            self._seen.add(ready)
+            if self._error(ready) is not None:
+                self._failed.add(others[ready])
+                return others[ready]
+        (ready,), _ = self.runtime.wait(references)
+        return ready
+
+    def learnt(self, metrics: Reference) -> dict[str, float] | None:
         """The metrics of a draw; None if a part of it was lost with its shard, or if there was
         nothing to draw. An error of any learner is raised here.
         """
         answers = self._answers.pop(metrics)
+        every = self._metrics(answers)
+        self._seen.difference_update(every)
         try:  # they have added up, so that all are there at about the same time
-            return self.runtime.get(answers if self._meets else answers[:1])[0]
-        except Exception:
-            errors = [error for answer in answers if (error := self._error(answer)) is not None]
+            if metrics not in self._failed:
+                return self.runtime.get(list(every if self._meets else every[:1]))[0]
+            errors = self._errors(every)
+        except Exception as error:
+            errors = [error] if len(every) == 1 else self._errors(every)
         deaths = [error for error in errors if isinstance(error, ActorDiedError)]
-        if len(deaths) == len(errors) and self._all_alive():
+        if len(deaths) == len(every) and self._all_alive():
+            self._failed.discard(metrics)
             return None
+        waiting = [one for answers in self._answers.values() for one in answers]
+        self._errors([*answers, *waiting])  # what nobody has read Ray would print
         raised = [error for error in errors if not isinstance(error, GroupBroken)]
         raise (deaths or raised or errors)[0]  # who waited for others in vain is not to blame
 
@@ -97,8 +131,13 @@ class ReplayGroup(LearnerGroup):
         ends = [learner.finish.options(num_returns=2 + len(parts[0])) for learner in learners]
         return [end.remote(after, *lowest) for end, after in zip(ends, made, strict=True)]
 
+    def _errors(self, answers: Sequence[Reference]) -> list[Exception]:
+        """What calls of learners raised, as far as they answer soon."""
+        answers = list(dict.fromkeys(answers))
+        there, _ = self.runtime.wait(answers, num_returns=len(answers), timeout=PATIENCE_S)
+        return [error for answer in there if (error := self._error(answer)) is not None]
+
     def _error(self, answer: Reference) -> Exception | None:
-        """What a call of a learner raised; waits for it."""
         try:
             self.runtime.get(answer)
         except Exception as error:
