@@ -1,5 +1,6 @@
 """k learners with replay make the updates of one together; one that fails ends the run."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -88,9 +89,9 @@ def shards_of(system: Any, config: Any, count: int) -> list[MemoryShard]:
     return shards
 
 
-def by_hand(group: list[Any], parts: list[Part], updates: int) -> list[tuple[Any, ...]]:
+def by_hand(group: list[Any], parts: list[tuple[Part, ...]], updates: int) -> list[tuple[Any, ...]]:
     """What the driver asks of learners that cannot wait for one another."""
-    lowest = [learner.begin(part) for learner, part in zip(group, parts, strict=True)]
+    lowest = [learner.begin(*part) for learner, part in zip(group, parts, strict=True)]
     for _ in range(updates):
         found = [learner.share(None, *lowest) for learner in group]
         found = [one._replace(gradient=one.gradient.copy()) for one in found]  # they travel
@@ -115,7 +116,7 @@ def test_k_learners_make_the_updates_of_one_with_prioritised_draws(system, confi
     for _ in range(6):
         part, parts = ours.draw(rows, 1.0)[1], theirs.draw(rows, 1.0, deal, 0)[1:]
         metrics, weights, back = one.learn(part)
-        answers = by_hand(group, parts, config.updates_per_call)
+        answers = by_hand(group, [(part,) for part in parts], config.updates_per_call)
         for rank, (_, _, mine) in enumerate(answers):
             places = np.arange(rows).reshape(-1, config.updates_per_call)[rank::learners].ravel()
             assert np.array_equal(mine.keys, back.keys[places])
@@ -147,7 +148,7 @@ def test_weights_are_divided_by_the_largest_of_the_whole_batch():
             return inner(batch)
 
         learner.gradient = noting
-    by_hand(group, parts, 2)
+    by_hand(group, [(part,) for part in parts], 2)
     for update in range(2):
         assert max(seen[1][update]) == 1.0
         assert max(seen[0][update]) < 0.25  # (0.01)^0.4 is 0.16
@@ -237,6 +238,77 @@ def test_a_hollow_run_predicts_the_same_clock():
         hollow = apex.train(config, runtime)
     ratio = hollow.metrics["env_steps_per_s"] / real.metrics["env_steps_per_s"]
     assert 0.85 < ratio < 1.15
+
+
+# -- a server that learners draw from themselves ---------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="no redis-server")
+def test_clients_of_a_server_draw_each_their_part():
+    """By lots of their own; weights are of the whole batch; who finds nothing stops all."""
+    from rlbook.plumbing.redis_replay import RedisMemory
+    from rlbook.plumbing.redis_server import RedisServer
+
+    config = replace(APEX, num_learners=2, calls_in_flight=1)
+    actor = apex.Actor(APEX, 0)
+    made = [actor.play(apex.Learner(APEX).newest())[1] for _ in range(8)]
+    with RedisServer(persistence="none") as server:
+        memory = RedisMemory(server.settings, "dealt", 2_000, apex.example(APEX))
+        group = [apex.Learner(config, rank, memory=memory) for rank in range(2)]
+        nothing = [learner.begin() for learner in group]
+        assert [learner.share(None, *nothing).weight for learner in group] == [0.0, 0.0]
+        assert [learner.finish(None, *nothing) for learner in group] == [(None, None)] * 2
+        for one in made:
+            memory.add(*one)
+        before = memory.total_priority
+        lowest = [learner.begin() for learner in group]
+        keys = [tuple(learner._draw.part.sample.keys) for learner in group]
+        assert keys[0] != keys[1] and len(keys[0]) == len(keys[1]) == 12
+        half = [
+            learner.finish(None, nothing[0], low)
+            for learner, low in zip(group, lowest, strict=True)
+        ]
+        assert half == [(None, None)] * 2 and memory.total_priority == before
+        answers = by_hand(group, [()] * 2, config.updates_per_call)
+        assert [learner.updates for learner in group] == [3, 3] and answers[0][0]["loss"] > 0
+        assert torch.equal(group[0].flat.vector, group[1].flat.vector)
+        assert memory.total_priority != before
+    result = train(apex, replace(config, replay="redis"))
+    assert result.learner_steps > 100 and result.metrics["replay_size"] > 500
+
+
+# -- precision and devices -------------------------------------------------------------------------
+
+
+@each_system
+def test_in_bfloat16_the_parameters_stay_float32_and_move_alike(system, config):
+    vectors = {}
+    for precision in ("float32", "bfloat16"):
+        learner = system.Learner(replace(config, precision=precision))
+        before, (shard,) = learner.flat.vector.clone(), shards_of(system, config, 1)
+        answer = learner.learn(narrowed(shard.draw(24, 1.0))[1])
+        assert answer[2].values.dtype == np.float64 and np.isfinite(answer[2].values).all()
+        assert learner.flat.vector.dtype == torch.float32
+        vectors[precision] = learner.flat.vector - before
+    likeness = torch.nn.functional.cosine_similarity(*vectors.values(), dim=0)
+    assert 0.9 < likeness < 1.0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@each_system
+def test_on_a_gpu_it_learns_what_it_learns_on_the_cpu(system, config):
+    answers, learners = [], []
+    for device in ("cpu", "cuda"):
+        learner = system.Learner(replace(config, device=device))
+        (shard,) = shards_of(system, config, 1)
+        answers.append(learner.learn(narrowed(shard.draw(24, 1.0))[1]))
+        learners.append(learner)
+    assert learners[1].flat.vector.is_cuda
+    assert np.allclose(answers[0][1].values, answers[1][1].values, rtol=0, atol=1e-4)
+    assert np.allclose(answers[0][2].values, answers[1][2].values, rtol=1e-3, atol=1e-4)
+    state = learners[1].state_dict()
+    learners[0].load_state_dict(state)  # what is saved there can be loaded here
+    assert np.array_equal(learners[0].newest().values, learners[1].newest().values)
 
 
 # -- faults ----------------------------------------------------------------------------------------
