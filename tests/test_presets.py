@@ -1,0 +1,136 @@
+"""The presets for Atari: what they claim to be told, and that they train."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from rlbook import apex, dppo, dqn, impala, r2d2, seed_rl
+from rlbook.harness.run import Result
+
+pytest.importorskip("ale_py")
+
+TINY: dict[str, Any] = {"progress": False, "torch_threads": 1, "num_envs": 2, "seed": 3}
+REPLAY: dict[str, Any] = {"num_actors": 1, "num_replays": 1, "updates_per_call": 1}
+SMALL: dict[Any, dict[str, Any]] = {
+    impala: {"num_actors": 2, "unroll_length": 4, "unrolls_per_batch": 2, "total_env_steps": 48},
+    seed_rl: {
+        "num_workers": 2,
+        "groups": 1,
+        "num_inference": 1,
+        "inference_batch": 4,
+        "unroll_length": 4,
+        "unrolls_per_batch": 2,
+        "wiring": "calls",
+        "total_env_steps": 48,
+    },
+    apex: {
+        **REPLAY,
+        "unroll_length": 5,
+        "batch_size": 4,
+        "learning_starts": 10,
+        "replay_capacity": 100,
+        "rate_tolerance": 16,
+        "samples_per_insert": 0.5,
+        "total_env_steps": 60,
+    },
+    r2d2: {
+        **REPLAY,
+        "sequence_length": 4,
+        "sequence_overlap": 2,
+        "burn_in_length": 2,
+        "unroll_length": 6,
+        "batch_size": 2,
+        "learning_starts": 2,
+        "replay_capacity": 20,
+        "lstm_size": 8,
+        "total_env_steps": 60,
+    },
+    dppo: {
+        "num_workers": 2,
+        "unroll_length": 4,
+        "minibatch_size": 8,
+        "epochs": 1,
+        "total_env_steps": 48,
+    },
+}
+"""What a preset must be cut down to, so that some updates of it take a second or two."""
+CASES = [
+    *((module, "one_gpu") for module in SMALL),
+    *((module, "paper") for module in (impala, seed_rl, apex, r2d2)),
+]
+
+
+@pytest.mark.parametrize(
+    "module, preset", CASES, ids=[f"{m.__name__[7:]}-{preset}" for m, preset in CASES]
+)
+def test_a_preset_for_atari_trains(module: Any, preset: str) -> None:
+    config = module.PRESETS[preset]
+    assert config.env_id == "ALE/Pong-v5"
+    small = replace(config, **TINY, **SMALL[module], runtime="virtual", device="cpu")
+    result: Result = module.train(small)
+    assert result.env_steps >= small.total_env_steps and result.learner_steps >= 2
+    assert result.metrics["loss"] == result.metrics["loss"], "not NaN"
+
+
+def test_one_gpu_is_for_one_gpu_and_sixteen_cores() -> None:
+    for module in SMALL:
+        config = module.PRESETS["one_gpu"]
+        assert (config.device, config.precision) == ("auto", "bfloat16")
+        assert getattr(config, "num_learners", 1) == 1
+        processes = getattr(config, "num_actors", getattr(config, "num_workers", 0))
+        processes += getattr(config, "num_replays", 0)
+        assert 12 <= processes <= 14, "two cores are for the driver and the learner"
+        assert config.log_every_env_steps >= 20_000
+
+
+@pytest.mark.parametrize(
+    "module, replayed, row_bytes",
+    [(apex, 2 * 4 * 84 * 84, 1), (r2d2, 4 * 84 * 84, 40 + 20 + 5)],
+)
+def test_the_replay_memory_fits(module: Any, replayed: int, row_bytes: int) -> None:
+    """The machine has 128 GiB: not more than a quarter is for frames to draw from."""
+    config = module.PRESETS["one_gpu"]
+    assert config.replay_capacity * replayed * row_bytes < 32 * 2**30
+
+
+def test_impalas_paper_is_table_g1() -> None:
+    config = impala.PRESETS["paper"]
+    values = {
+        "life_loss_ends": True,
+        "unroll_length": 20,
+        "discount": 0.99,
+        "value_cost": 0.5,
+        "entropy_cost": 0.01,
+        "rmsprop_decay": 0.99,
+        "rmsprop_epsilon": 0.01,
+        "learning_rate": 6e-4,
+        "anneal_learning_rate": True,
+        "max_gradient_norm": 40.0,
+        "loss_reduction": "sum",
+        "optimizer": "rmsprop",
+        "lambda_": 1.0,
+        "torso": "resnet",
+        "lstm_size": 0,
+        "precision": "float32",
+        "total_env_steps": 200_000_000 // 4,
+    }
+    assert {name: getattr(config, name) for name in values} == values
+    assert config.unrolls_per_batch * config.num_envs == 32
+
+
+def test_apexs_paper_and_r2d2s_paper() -> None:
+    a, r = apex.PRESETS["paper"], r2d2.PRESETS["paper"]
+    assert (a.batch_size, a.n_step, a.replay_capacity, a.target_period) == (512, 3, 2_000_000, 2500)
+    assert (a.priority_exponent, a.importance_exponent, a.epsilon_base) == (0.6, 0.4, 0.4)
+    assert (a.learning_rate, a.optimizer_epsilon) == (0.00025 / 4, 1.5e-7)
+    assert (a.max_gradient_norm, a.learning_starts, a.epsilon_alpha) == (40.0, 50_000, 7.0)
+    assert (r.batch_size, r.n_step, r.sequence_length, r.burn_in_length) == (64, 5, 80, 40)
+    assert (r.priority_exponent, r.importance_exponent, r.priority_mix) == (0.9, 0.6, 0.9)
+    assert (r.learning_rate, r.optimizer_epsilon, r.target_period) == (1e-4, 1e-3, 2500)
+    assert (r.discount, r.rescaling_epsilon, r.lstm_size) == (0.997, 1e-3, 512)
+
+
+def test_dqns_paper_ends_with_a_life() -> None:
+    config = dqn.PRESETS["paper"]
+    assert config.life_loss_ends and not config.double and config.n_step == 1
