@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from rlbook import impala as ip
+from rlbook import seed_rl as sr
 from rlbook.data import Unroll
 from rlbook.plumbing.crew import Crew
 from rlbook.plumbing.faults import sigkill
+from rlbook.plumbing.inference import Who
 from rlbook.plumbing.learner_group import LearnerGroup
 from rlbook.plumbing.runtime import ActorDiedError, RayRuntime
 from rlbook.plumbing.together import TIMEOUT_S
@@ -145,6 +147,51 @@ def test_a_learner_that_fails_or_is_killed_ends_the_run_at_once():
         with sigkill("Learner", after_s=0.5), pytest.raises(ActorDiedError):
             ip.train(config, runtime)
         assert time.monotonic() - begun < TIMEOUT_S
+
+
+def unrolls_of_a_server(config: sr.Config, count: int) -> list[Unroll]:
+    worker, server = sr.EnvWorker(config, 0), sr.make_inference(config)
+    found, row = [], worker.here()[1]
+    while len(found) < count:
+        if (unroll := server.observe(Who(0, 0), row)) is not None:
+            found.append(unroll)
+        row = worker.step(server.act([0])[0])[1]
+    return found
+
+
+SEED = sr.Config(num_envs=4, unroll_length=6, lstm_size=8, progress=False)
+DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=on_gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_learner_of_seed_rl_in_bfloat16_is_near_float32(device):
+    batch, found = unrolls_of_a_server(SEED, 2), []
+    exact = replace(SEED, device=device)
+    for config in (SEED, exact, replace(exact, precision="bfloat16")):
+        learner = sr.Learner(config)
+        for _ in range(3):
+            learner.update([0], *batch)
+        found.append(learner.newest().values)
+    assert np.allclose(found[1], found[0], atol=1e-5)
+    assert 0 < np.abs(found[2] - found[1]).max() < 0.02
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("lstm_size", [0, 8])
+def test_a_learner_of_sequences_in_bfloat16_is_near_float32(device, lstm_size):
+    config = replace(SEED, learner="r2d2", learning_starts=8, batch_size=8, lstm_size=lstm_size)
+    exact = replace(config, device=device)
+    first = sr.SequenceLearner(config)
+    for unroll in unrolls_of_a_server(config, 8):
+        first.keep(unroll)
+    sample, found = first.memory.sample(8), []
+    for settings in (config, exact, replace(exact, precision="bfloat16")):
+        learner = sr.SequenceLearner(settings)
+        priorities = [learner.fit(sample)[0] for _ in range(3)][-1]
+        found.append((learner.newest().values, priorities))
+    (here, known), (there, same), (coarse, near) = found
+    assert np.allclose(here, there, atol=1e-5) and np.allclose(known, same, rtol=1e-3)
+    assert 0 < np.abs(coarse - there).max() < 0.02 and np.allclose(near, same, rtol=0.05)
 
 
 @on_gpu
