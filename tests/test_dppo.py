@@ -844,6 +844,7 @@ def test_in_bfloat16_parameters_and_losses_stay_float32(monkeypatch):
     assert (vector(fine) - vector(run_on(replace(SHORT, seed=2)))).abs().max() > 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler here")
 def test_compiled_is_eager():
     config = replace(SHORT, num_workers=1, total_env_steps=300)

@@ -116,6 +116,7 @@ def test_ranks_make_the_same_updates_as_a_run_without_torchrun(tmp_path):
     assert same_parameters(Result.load(tmp_path / "a"), alike(4_000, **settings))
 
 
+@pytest.mark.slow
 def test_three_ranks_on_two_hosts_hurry_and_balance(tmp_path):
     """The README's commands for two computers, here of two ranks and of one."""
     words = [*FLAGS, "--preempt", "--balance", "--total-env-steps", 4_000, "--run-dir", "a"]
@@ -155,6 +156,7 @@ def test_a_killed_rank_ends_the_run_with_torchruns_report(who, tmp_path):
         assert re.search(rf"rank +: {who} ", cause) and "SIGKILL" in cause
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_run_in_good_order(tmp_path):
     words = ["-m", "rlbook", "train", "dppo", *FLAGS, "--total-env-steps", 10**9, "--run-dir", "a"]
     with started(*words, folder=tmp_path) as run:
@@ -208,6 +210,7 @@ class Failing:
         return SimpleNamespace(updates=self.rounds)
 
 
+@pytest.mark.slow
 def test_an_error_in_a_rank_ends_the_run_with_its_traceback(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     with started("program.py", folder=tmp_path) as run:
@@ -269,6 +272,7 @@ def test_who_lost_the_others_lets_the_first_to_die_be_found(monkeypatch, capsys)
     assert slept == [torchrun.GRACE_S] * 2
 
 
+@pytest.mark.slow
 def test_one_message_is_seen(tmp_path):
     code, out, err = train("--num-workers", 3, folder=tmp_path)
     assert code != 0 and err.count("rlbook: num_workers") == 1 and out == ""
@@ -319,6 +323,7 @@ def test_a_rank_takes_the_device_of_its_number_on_its_host(monkeypatch):
     assert asked == [3, 1]
 
 
+@pytest.mark.slow
 def test_one_rank_is_a_run_too(tmp_path):
     how = ["--standalone", "--nproc-per-node", "1"]
     code, _, err = train("--total-env-steps", 1_000, "--run-dir", "a", folder=tmp_path, how=how)
