@@ -278,7 +278,7 @@ class Actor(Bundle):
         self.meter.begin()
         np.copyto(self.flat.vector.numpy(), weights.values)
         state = tree_map(Tensor.numpy, self.sampler.state)
-        rows = collect_unroll(self.envs, self.act, self.config.unroll_length)
+        rows = collect_unroll(self.envs, self.act, self.config.unroll_length, pack=True)
         unroll = rows._replace(agent_state=state, actor=self.index, version=weights.version)
         env_steps = int(unroll.valid.sum())
         wire = tree_nbytes(unroll) + weights.values.nbytes
@@ -413,7 +413,9 @@ def train(config: Config, runtime: Runtime | None = None) -> Result:
     own = own_runtime(config, config.num_actors + config.num_learners, COSTS)
     with own if runtime is None else nullcontext(runtime) as rt:
         report = Report(config.unroll_length * config.num_envs, [], {})
-        flow = remote_flow(rt, Actor, Learner, config, vector, report, row_bytes(config.tasks))
+        flow = remote_flow(
+            rt, Actor, Learner, config, vector, report, row_bytes(config.tasks, True)
+        )
         learners = flow.learners
         policy = LivePolicy(
             make_policy(config, network), lambda: np.copyto(vector, learners.parameters())

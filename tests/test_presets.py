@@ -1,12 +1,14 @@
 """The presets for Atari: what they claim to be told, and that they train."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 
 from rlbook import apex, dppo, dqn, impala, r2d2, seed_rl
 from rlbook.harness.run import Result
+from rlbook.parts.unroll import collect_unroll
 
 pytest.importorskip("ale_py")
 
@@ -134,3 +136,19 @@ def test_apexs_paper_and_r2d2s_paper() -> None:
 def test_dqns_paper_ends_with_a_life() -> None:
     config = dqn.PRESETS["paper"]
     assert config.life_loss_ends and not config.double and config.n_step == 1
+
+
+def test_frames_that_are_told_once_change_nothing_but_the_bytes(monkeypatch) -> None:
+    config = replace(impala.PRESETS["paper"], **TINY, **SMALL[impala], runtime="virtual")
+    config = replace(config, env_id="ALE/Breakout-v5", total_env_steps=160, torso="nature")
+    packed = impala.train(config)
+    whole = partial(collect_unroll, pack=False)
+    monkeypatch.setattr(impala, "collect_unroll", lambda *found, pack: whole(*found))
+    plain = impala.train(config)
+    for name in ("loss", "value_loss", "gradient_norm"):
+        assert packed.metrics[name] == plain.metrics[name]
+    # Of an unroll of 4 steps 5 · 4 frames, or 4 + 4, and less than 7 % of other things.
+    counts = [result.metrics["bytes_per_env_step"] for result in (packed, plain)]
+    weights = sum(p.numel() for p in plain.policy.network.parameters()) * 4 / 8
+    frames = [count - weights for count in counts]
+    assert frames[0] / frames[1] == pytest.approx(8 / 20, rel=0.07)

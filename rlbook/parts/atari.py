@@ -63,3 +63,8 @@ def make_atari(
     fixed: dict[str, Any] = {"episodic_life": False, "reward_clipping": False}
     fixed |= {"autoreset_mode": mode, "num_threads": int(threads) if threads.isdecimal() else 0}
     return AtariVectorEnv(game, num_envs, **{**PREPROCESSING, **fixed, **options})
+
+
+def is_stacked(options: dict[str, Any]) -> bool:
+    """Whether observations are stacks of grey frames, `[k, H, W]`, with these options."""
+    return bool({**PREPROCESSING, **options}["grayscale"])

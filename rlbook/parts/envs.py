@@ -24,7 +24,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from rlbook.data import EnvOutput
-from rlbook.parts.atari import make_atari
+from rlbook.parts.atari import is_stacked, make_atari
 from rlbook.parts.env_state import restore, snapshot
 
 OWN_ENVS = {
@@ -90,6 +90,7 @@ class Envs:
         fresh: the vector returns new arrays from each step, so that none need be copied.
         life_loss_ends: to the learner the loss of a life is the end (discount 0), while the game,
             and the episode that is counted, go on.
+        stacked: an observation is a stack of frames, `[k, H, W]`, as `parts.frames` has them.
     """
 
     def __init__(
@@ -101,8 +102,10 @@ class Envs:
         reward_clip: float | None = None,
         fresh: bool = False,
         life_loss_ends: bool = False,
+        stacked: bool = False,
     ) -> None:
-        self.vector_env, self.fresh, self.life_loss_ends = vector_env, fresh, life_loss_ends
+        self.vector_env, self.fresh, self.stacked = vector_env, fresh, stacked
+        self.life_loss_ends = life_loss_ends
         self.env_id = env_id
         self.num_envs = vector_env.num_envs
         self.observation_space = vector_env.single_observation_space
@@ -300,7 +303,7 @@ def make_envs(
     if env_id.startswith("ALE/"):
         envs = make_atari(env_id, num_envs, mode, options)
         clip = 1.0 if reward_clip is None else reward_clip
-        kind: dict[str, Any] = {"fresh": True, "life_loss_ends": life_loss_ends}
+        kind = {"fresh": True, "life_loss_ends": life_loss_ends, "stacked": is_stacked(options)}
         return Envs(envs, env_id=env_id, seed=seed, reward_clip=clip, **kind)
     envs = _make_gymnasium(env_id, num_envs, mode, render_mode, options)
     return Envs(envs, env_id=env_id, seed=seed, reward_clip=reward_clip)

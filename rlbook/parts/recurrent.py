@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rlbook.data import AgentOutput, Unroll
+from rlbook.parts.frames import restacked
 from rlbook.parts.networks import make_torso
 from rlbook.parts.on_device import there, widened
 
@@ -209,6 +210,8 @@ def unrolled(network: nn.Module, unroll: Unroll) -> tuple[Tensor, Tensor]:
     """
     device = next(network.parameters()).device
     observations = there(unroll.env_outputs.observation, device)
+    if len(observations) != len(unroll.env_outputs.first):  # frames, each told once
+        observations = restacked(observations, unroll.env_outputs.first)
     if unroll.agent_state is not None:
         first = torch.from_numpy(unroll.env_outputs.first)
         state = tuple(there(part, device) for part in unroll.agent_state)

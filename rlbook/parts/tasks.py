@@ -76,6 +76,7 @@ class TaskEnvs(Envs):
             seed=envs.seed,
             reward_clip=envs.reward_clip,
             life_loss_ends=envs.life_loss_ends,
+            stacked=envs.stacked,
         )
         kind = self.observation_space.dtype
         assert kind is not None
@@ -155,8 +156,14 @@ def task_scores(kept: dict[str, Any]) -> dict[str, float]:
     return {f"episode_return_mean/{task}": float(np.mean(known[task])) for task in sorted(known)}
 
 
-def row_bytes(tasks: tuple[str, ...]) -> int:
-    """Bytes of one row of an unroll: what was seen, what was said, and the rest."""
-    shape = common_shape(tasks)
-    frames = make_envs(tasks[0], 1, 0).observation_space.dtype == np.uint8
-    return int(np.prod(shape.observation)) * (1 if frames else 4) + 4 * shape.num_actions + 21
+def row_bytes(tasks: tuple[str, ...], packed: bool = False) -> int:
+    """Bytes of one row of an unroll: what was seen, what was said, and the rest.
+
+    Args:
+        tasks: Gymnasium ids.
+        packed: of a stack of frames each is told once.
+    """
+    shape, envs = common_shape(tasks), make_envs(tasks[0], 1, 0)
+    seen = shape.observation[1:] if packed and envs.stacked else shape.observation
+    size = 1 if envs.observation_space.dtype == np.uint8 else 4
+    return int(np.prod(seen)) * size + 4 * shape.num_actions + 21

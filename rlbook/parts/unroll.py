@@ -6,6 +6,7 @@ import numpy as np
 
 from rlbook.data import AgentOutput, EnvOutput, Unroll
 from rlbook.parts.envs import Envs
+from rlbook.parts.frames import packed
 
 
 def collect_unroll(
@@ -13,6 +14,7 @@ def collect_unroll(
     act: Callable[[np.ndarray], AgentOutput],
     unroll_length: int,
     cut: Callable[[int], bool] | None = None,
+    pack: bool = False,
 ) -> Unroll:
     """Steps the environments `unroll_length` times, from where they stand.
 
@@ -21,6 +23,8 @@ def collect_unroll(
         act: observation `[B, ...]` → `AgentOutput` `[B, ...]`.
         unroll_length: T.
         cut: steps taken so far → whether to leave it at that; asked after each step.
+        pack: of stacks of frames take each frame once: `observation` is then what
+            `frames.packed` says, `[T+k, B, H, W]`.
 
     Returns:
         An unroll of newly allocated numpy arrays; row 0 of `env_outputs` is where the last unroll
@@ -35,8 +39,10 @@ def collect_unroll(
         env_rows.append(row)
         if cut is not None and cut(step):
             break
+    seen, *others = zip(*env_rows, strict=True)
+    observations = packed(seen) if pack and envs.stacked else np.stack(seen)
     return Unroll(
-        EnvOutput(*(np.stack(column) for column in zip(*env_rows, strict=True))),
+        EnvOutput(observations, *map(np.stack, others)),
         AgentOutput(*(np.stack(column) for column in zip(*agent_rows, strict=True))),
     )
 
