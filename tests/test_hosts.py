@@ -69,34 +69,52 @@ def train(run_dir: Path, system: str, *settings: str) -> tuple[str, ...]:
     return (*program, "--run-dir", str(run_dir), *settings)
 
 
-@needs_hosts
-def test_impala_goes_on_when_a_host_is_cut_off(hosts: Hosts, tmp_path: Path) -> None:
-    """Its wire is slow, so that it has unrolls which the learner waits for: they are lost."""
-    driver, first, second = hosts.addresses
-    run_dir, many = tmp_path / "run", ("--total-env-steps", "1000000000")
-    command = train(run_dir, "impala", *many, "--num-actors", "4", "--num-envs", "1024")
-    hosts.slow(1, "20mbit")
+def cut_while_it_trains(
+    hosts: Hosts, cut: int, run_dir: Path, steps: int, *command: str
+) -> dict[str, set[str]]:
+    """Trains, cuts a host off, sees `steps` more taken on the others, and ends the run with
+    Ctrl-C. Who was where before.
+    """
+    away = hosts.addresses[cut]
     process = hosts.start(0, *command, RAY_ADDRESS=hosts.head)
     try:
         wait_until(lambda: env_steps(run_dir) > 0 or process.poll() is not None, 90, "training")
         assert process.poll() is None, process.communicate()[0]
         before = where(hosts)
-        assert before["Actor"] == {driver, first, second}
-        assert before["Learner"] == {driver}
-        hosts.cut(1)
-        wait_until(lambda: first not in where(hosts)["host"], 60, "Ray notices the dead host")
+        assert before["Actor"] == set(hosts.addresses)
+        hosts.cut(cut)
+        wait_until(lambda: away not in where(hosts)["host"], 60, "Ray notices the dead host")
         then = env_steps(run_dir)
-        wait_until(lambda: env_steps(run_dir) > then + 300_000, 60, "training goes on")
-        assert where(hosts)["Actor"] == {driver, second}
+        wait_until(lambda: env_steps(run_dir) > then + steps, 90, "training goes on")
+        assert where(hosts)["Actor"] == set(hosts.addresses) - {away}
         process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=30)[0]
+        said = process.communicate(timeout=60)[0]
     finally:
         process.kill()
+        hosts.mend(cut)
+        hosts.start_ray(cut)
     assert process.returncode == 130, said
     assert json.loads((run_dir / "result.json").read_text())["stopped_because"] == "interrupted"
+    return before
+
+
+@needs_hosts
+def test_impala_goes_on_when_a_host_is_cut_off(hosts: Hosts, tmp_path: Path) -> None:
+    """Its wire is slow, so that it has unrolls which the learner waits for: they are lost."""
+    hosts.slow(1, "20mbit")
+    run_dir, many = tmp_path / "run", ("--total-env-steps", "1000000000", "--num-envs", "1024")
+    command = train(run_dir, "impala", *many, "--num-actors", "4")
+    before = cut_while_it_trains(hosts, 1, run_dir, 300_000, *command)
+    assert before["Learner"] == {hosts.addresses[0]}
     assert load_checkpoint(run_dir / "checkpoint.npz", "impala")["extra"]["unrolls_dropped"] >= 1
-    hosts.mend(1)
-    hosts.start_ray(1)
+
+
+@needs_hosts
+def test_apex_goes_on_when_a_host_is_cut_off(hosts: Hosts, tmp_path: Path) -> None:
+    run_dir, many = tmp_path / "run", ("--total-env-steps", "1000000000")
+    command = train(run_dir, "apex", *many, "--num-actors", "4")
+    before = cut_while_it_trains(hosts, 2, run_dir, 10_000, *command)
+    assert before["Learner"] == before["MemoryShard"] == {hosts.addresses[0]}
 
 
 REFUSED = """
@@ -134,3 +152,51 @@ def test_learners_on_several_hosts_add_up(hosts: Hosts, tmp_path: Path) -> None:
     states = load_checkpoint(tmp_path / "run" / "checkpoint.npz", "impala")["parts"]["learners"]
     one, *others = [state["parameters"] for state in states["learners"]]
     assert len(others) == 2 and all(np.array_equal(one, other) for other in others)
+
+
+@needs_hosts
+def test_the_doctor_counts_all_hosts(hosts: Hosts) -> None:
+    doctor = (sys.executable, "-m", "rlbook.cli", "doctor", "--ray-address", hosts.head)
+    said = hosts.start(1, *doctor).communicate(timeout=60)[0]
+    assert said.count("2 cores") >= 3
+    assert "rlbook train impala --num-actors 4 --ray-address auto" in said
+
+
+@needs_hosts
+def test_seed_s_workers_are_on_all_hosts(hosts: Hosts, tmp_path: Path) -> None:
+    few = ("--total-env-steps", "20000", "--wiring", "calls", "--num-workers", "3")
+    hosts.run(0, *train(tmp_path / "run", "seed_rl", *few), seconds=90, RAY_ADDRESS=hosts.head)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["stopped_because"] == "total_env_steps"
+
+
+CONNECTED = """
+import sys
+from rlbook.plumbing.stream_worker import Lost, status
+from rlbook.plumbing.streams import StreamSettings
+try:
+    print(status(sys.argv[1], StreamSettings(connect_s=2.0)))
+except Lost as error:
+    print(error)
+"""
+
+
+@needs_hosts
+@pytest.mark.parametrize("own", [True, False], ids=["own address", "loopback"])
+def test_seed_s_server_is_reached_from_another_host_if_it_is_told_to(
+    own: bool, hosts: Hosts, tmp_path: Path
+) -> None:
+    run_dir, many = tmp_path / "run", ("--total-env-steps", "1000000000")
+    address = f"{hosts.addresses[0] if own else '127.0.0.1'}:7700"
+    listening = ("--wiring", "tcp", "--address", address, *(("--allow-remote",) if own else ()))
+    program = (sys.executable, "-m", "rlbook.cli", "train", "seed_rl", "--run-dir", str(run_dir))
+    process = hosts.start(0, *program, *many, *listening)
+    try:
+        wait_until(lambda: env_steps(run_dir) > 0 or process.poll() is not None, 60, "training")
+        assert process.poll() is None, process.communicate()[0]
+        said = hosts.python(1, CONNECTED, f"{hosts.addresses[0]}:7700")
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert ("workers" in said) == own and ("UNAVAILABLE" in said) != own, said
