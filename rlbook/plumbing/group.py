@@ -275,11 +275,15 @@ class Member(Alive):
 
     def join(self, meeting: str, rank: int, size: int) -> None:
         """Meets the others, in place of those it met before."""
-        if hasattr(self, "group"):
-            self.group.close()
+        self.close()
         self.group = Group(meeting, rank, size, self.device, self.config.learner_backend)
         self.meter.watch(self.group, "add", "waiting")
         self.meter.watch(self.group, "gather", "waiting")
+
+    def close(self) -> None:
+        """Leaves the others."""
+        if hasattr(self, "group"):
+            self.group.close()
 
     def is_ready(self) -> None:
         """Lets the others know that this round's rollout is finished."""

@@ -160,6 +160,7 @@ class RankCrew(Crew):
             except OSError:
                 pass  # it is gone already
         self._pipes = {}
+        leave(self._made_here)
         super().close()
 
     def _start(self, index: int) -> Any:
@@ -206,6 +207,12 @@ def serve() -> int:
     return 1 if found is None else 0
 
 
+def leave(made: Any) -> None:
+    """The object's `close()`, if there is an object and it has one: it leaves its group."""
+    if hasattr(made, "close"):
+        made.close()
+
+
 def _driver(launch: Launch) -> Connection:
     """The connection to rank 0."""
     port, key = pickle.loads(store().get("driver"))
@@ -233,6 +240,7 @@ def _answer(pipe: Connection) -> bool | None:
             pipe.send_bytes(pickle.dumps((None, answer, start, time.monotonic() + behind)))
     except (EOFError, ConnectionError):
         return None
+    leave(made)
     return True
 
 
