@@ -1,5 +1,6 @@
 """k learners with replay make the updates of one together; one that fails ends the run."""
 
+import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -47,7 +48,9 @@ SHARED: dict[str, Any] = {
 }
 APEX = apex.Config(**SHARED, replay_capacity=2_000, unroll_length=5, rate_tolerance=80)
 DPG = apex_dpg.Config(**SHARED, replay_capacity=2_000, unroll_length=5, rate_tolerance=80)
-R2D2 = r2d2.Config(**{**SHARED, "learning_starts": 8}, lstm_size=8, unroll_length=10)
+R2D2 = r2d2.Config(
+    **{**SHARED, "learning_starts": 8, "env_id": "CartPole-v1"}, lstm_size=8, unroll_length=10
+)
 SYSTEMS = {"apex": (apex, APEX), "apex_dpg": (apex_dpg, DPG), "r2d2": (r2d2, R2D2)}
 each_system = pytest.mark.parametrize(("system", "config"), SYSTEMS.values(), ids=SYSTEMS)
 
@@ -254,7 +257,8 @@ def test_clients_of_a_server_draw_each_their_part():
     made = [actor.play(apex.Learner(APEX).newest())[1] for _ in range(8)]
     with RedisServer(persistence="none") as server:
         memory = RedisMemory(server.settings, "dealt", 2_000, apex.example(APEX))
-        group = [apex.Learner(config, rank, memory=memory) for rank in range(2)]
+        sent = [pickle.loads(pickle.dumps(memory)) for _ in range(2)]
+        group = [apex.Learner(config, rank, memory=mine) for rank, mine in enumerate(sent)]
         nothing = [learner.begin() for learner in group]
         assert [learner.share(None, *nothing).weight for learner in group] == [0.0, 0.0]
         assert [learner.finish(None, *nothing) for learner in group] == [(None, None)] * 2
