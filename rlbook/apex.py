@@ -19,8 +19,9 @@ in turns (update_rule "sync"), it is DQN.
 Differs from the paper: an actor steps B copies of its environment, each with an ε of its own (B = 1
 there); acting and learning are held to a ratio, where the paper lets both run free; a full memory
 forgets the oldest at once, not every 100 updates; a draw may hold the batches of several updates,
-whose priorities return together. An actor or a shard that dies is replaced; when the learner dies
-the run ends, and its checkpoint goes on. The score is that of the copies that explore least.
+whose priorities return together; k learners (`num_learners`, one there) each take 1/k of every
+batch and make the same steps. An actor or a shard that dies is replaced; when a learner dies the
+run ends, and its checkpoint goes on. The score is that of the copies that explore least.
 
 Book: chapter 10
 """
