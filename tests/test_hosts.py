@@ -155,6 +155,24 @@ def test_learners_on_several_hosts_add_up(hosts: Hosts, tmp_path: Path) -> None:
 
 
 @needs_hosts
+def test_a_learner_whose_host_is_cut_off_ends_the_run(hosts: Hosts, tmp_path: Path) -> None:
+    many = ("--total-env-steps", "1000000000", "--num-learners", "3", "--unrolls-per-batch", "3")
+    command = train(tmp_path / "run", "impala", *many, "--num-actors", "3")
+    process = hosts.start(0, *command, RAY_ADDRESS=hosts.head)
+    try:
+        wait_until(lambda: env_steps(tmp_path / "run") > 0, 90, "training")
+        assert where(hosts)["Learner"] == set(hosts.addresses)
+        hosts.cut(1)
+        said = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+        hosts.mend(1)
+        hosts.start_ray(1)
+    assert process.returncode not in (0, 130)
+    assert "ActorDiedError" in said or "GroupBroken" in said, said
+
+
+@needs_hosts
 def test_the_doctor_counts_all_hosts(hosts: Hosts) -> None:
     doctor = (sys.executable, "-m", "rlbook.cli", "doctor", "--ray-address", hosts.head)
     said = hosts.start(1, *doctor).communicate(timeout=60)[0]
