@@ -190,6 +190,7 @@ PRESETS = {
     "default": Config(),
     "one_gpu": Config(**one_gpu.SEED_RL),
     "throughput": Config(num_envs=128, inference_batch=128, unroll_length=20),
+    # V-trace with IMPALA's values for Atari; on Atari the paper itself ran R2D2 (learner "r2d2").
     "paper": Config(
         env_id="ALE/Pong-v5",
         total_env_steps=50_000_000,

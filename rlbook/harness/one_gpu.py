@@ -4,10 +4,10 @@ Tuned for Atari on one H200 (141 GB) and 16 cores, by arithmetic, not by trial: 
 in reach when they were written, and results/ says which records exist. Where cores are fewer, set
 `num_actors` (`num_workers`) to two fewer than there are. What decides:
 
-- A copy of Pong takes 0.2 to 0.25 ms a step of one core, so that 14 cores step 56,000 to 70,000
-  times a second if they do nothing else. SEED RL's workers do nothing else. Actors that act by
-  themselves spend three times as long on the convolutions of one row as on its step.
-- Rows of 28 KB: a batch of 1280 is 36 MB, a transition of a replay memory 56 KB.
+- A step of Pong took 0.24 ms of the core that it was tried on, so that 14 such cores step about
+  58,000 times a second if they do nothing else. SEED RL's workers do nothing else. Actors that act
+  by themselves need 0.2 ms more for the convolutions of a row, and 1.5 ms for the deep network's.
+- A stack of frames is 28 KB: a row of SEED RL's, and half a transition of a replay memory.
 - `log_every_env_steps` is some tenths of a second of training; checkpoints with a replay memory of
   frames take minutes, so that there is one at the end alone, and only with a run folder.
 - Evaluations, of 100 games side by side, are made on the cores, hence `torch_threads`.

@@ -86,9 +86,10 @@ def test_residual_blocks_add_to_what_comes_in():
         block.second.bias.fill_(0.25)
     assert torch.equal(block(x), x + 0.25)
     torch.nn.init.dirac_(block.first.weight)
-    torch.nn.init.zeros_(block.first.bias)
+    torch.nn.init.constant_(block.first.bias, -0.5)
     torch.nn.init.dirac_(block.second.weight)
-    assert torch.allclose(block(x), x + x.clamp(min=0) + 0.25, atol=1e-6)
+    expected = x + (x.clamp(min=0) - 0.5).clamp(min=0) + 0.25
+    assert torch.allclose(block(x), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("torso", ["nature", "resnet"])
