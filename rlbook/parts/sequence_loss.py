@@ -69,10 +69,12 @@ def sequence_loss(
         config: as `td_errors` wants it, with `state_init` ("stored" or "zero"), `priority_mix`.
     """
     device, stored = next(online.parameters()).device, config.state_init == "stored"
-    batch = Sequence(*(there(column, device) for column in as_tensors(sample.items)))
-    q = read_again(online, batch, burn_in=config.burn_in_length, stored=stored)
+    given = as_tensors(sample.items)
+    batch = Sequence(*(there(column, device) for column in given))
+    read = batch._replace(valid=given.valid)  # where states begin is looked up on the host
+    q = read_again(online, read, burn_in=config.burn_in_length, stored=stored)
     with torch.no_grad():
-        q_target = read_again(target, batch, burn_in=config.burn_in_length, stored=stored)
+        q_target = read_again(target, read, burn_in=config.burn_in_length, stored=stored)
     errors, valid = td_errors(q, q_target, batch, config), learnt(batch, config)
     weights = there(sample.weights, device).to(errors)
     loss = masked_mean(weights * huber(errors), valid)
