@@ -28,10 +28,11 @@ def side_by_side(unrolls: Sequence[Unroll], device: torch.device = CPU) -> Unrol
     def beside(*arrays: np.ndarray) -> Any:
         return joined(arrays, 1, device)
 
-    first = np.concatenate([unroll.env_outputs.first for unroll in unrolls], axis=1)
+    *columns, first = zip(*[unroll.env_outputs for unroll in unrolls], strict=True)
+    observation, reward, discount = (beside(*column) for column in columns)
     states = [unroll.agent_state for unroll in unrolls]
     return Unroll(
-        EnvOutput(*map(beside, *[unroll.env_outputs[:-1] for unroll in unrolls]), first),
+        EnvOutput(observation, reward, discount, np.concatenate(first, axis=1)),
         AgentOutput(*map(beside, *[unroll.agent_outputs for unroll in unrolls])),
         tree_map(lambda *rows: there(np.concatenate(rows), device), *states),
     )

@@ -116,7 +116,8 @@ def placed(config: Any, learners: int | None = None) -> dict[str, Any]:
     if config.device not in ("cuda", "auto") or virtual or not ray.is_initialized():
         return {}
     gpus = int(ray.cluster_resources().get("GPU", 0))
-    learners = learners or getattr(config, "num_learners", 1)
+    if learners is None:
+        learners = int(getattr(config, "num_learners", 1))
     share, on_one = config.gpus_per_learner, int(1 / config.gpus_per_learner + 1e-9)
     if config.device == "auto":
         if not gpus:
@@ -167,8 +168,8 @@ def compiled(network: nn.Module, config: Any) -> Any:
     lengths are new with every unroll.
     """
     if config.compile:
-        part = network.torso if hasattr(network, "core") else network
-        part.compile()  # type: ignore[operator]
+        part: Any = network.torso if hasattr(network, "core") else network
+        part.compile()
     return network
 
 

@@ -245,6 +245,7 @@ class LearnerGroup:
         self.learners = [make_learner(rank) for rank in range(size)]
         self._answers: dict[Reference, list[Reference]] = {}
         """Metrics of an update by learner 0 → what all learners answer to it."""
+        self._unasked: Sequence[Reference] = []
         self._seen: set[Reference] = set()
         """Metrics of others than learner 0 that are there, and no errors."""
         self._meets = size > 1 and isinstance(runtime, RayRuntime)
@@ -348,7 +349,9 @@ class LearnerGroup:
             if (error := self._error(reference)) is None:
                 continue
             if not isinstance(error, GroupBroken):
-                # What nobody asks for Ray would print: the others' errors, if they are there soon.
+                # Ray prints errors that nobody has asked for: those that are there soon are asked
+                # for, and the promise of the others is kept.
+                self._unasked = left
                 for one in self._soon(left):
                     self._error(one)
                 return error

@@ -129,6 +129,10 @@ def test_a_learner_that_fails_or_is_killed_ends_the_run_at_once():
     """And not when the others lose their patience, who wait for it in the middle of a sum."""
     config = replace(CONFIG, num_learners=2, total_env_steps=10_000_000)
     with RayRuntime(num_cpus=2) as runtime:
+        with sigkill("Learner", after_s=0.5) as fault, pytest.raises(ActorDiedError):
+            ip.train(config, runtime)
+        killed_at = fault._there_at + fault.killed[0][1]
+        assert time.perf_counter() - killed_at < TIMEOUT_S / 2
         remote = runtime.remote(ip.Learner)
         for rank in range(2):  # its call never begins, so that it cannot tell the others
             group = LearnerGroup(runtime, lambda rank: remote.remote(config, rank), 2)
@@ -142,11 +146,6 @@ def test_a_learner_that_fails_or_is_killed_ends_the_run_at_once():
                 group.wait([metrics])
                 group.answer(metrics)
             assert time.monotonic() - begun < TIMEOUT_S / 2
-            del group
-        begun = time.monotonic()
-        with sigkill("Learner", after_s=0.5), pytest.raises(ActorDiedError):
-            ip.train(config, runtime)
-        assert time.monotonic() - begun < TIMEOUT_S
 
 
 def unrolls_of_a_server(config: sr.Config, count: int) -> list[Unroll]:
