@@ -408,7 +408,8 @@ def load_policy(config: Config, parts: dict[str, Any]) -> Any:
 
 def on_streams(config: Config, stack: ExitStack) -> Any:
     """The first wiring: gRPC, with server and learner here."""
-    schema = Schema.of(make_game(config, config.num_envs, config.seed).env_output)
+    game = make_game(config, config.num_envs, config.seed)
+    schema = Schema.of(game.env_output, game.stacked)
     servers = [make_inference(config, index) for index in range(config.num_inference)]
     learner, settings = LEARNERS[config.learner](config, 0, True), config.stream_settings(schema)
     return streamed(stack, EnvWorker, servers, schema, learner, config, settings)

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 
 from rlbook import apex, dppo, dqn, impala, r2d2, seed_rl
 from rlbook.harness.run import Result
@@ -152,3 +153,21 @@ def test_frames_that_are_told_once_change_nothing_but_the_bytes(monkeypatch) -> 
     weights = sum(p.numel() for p in plain.policy.network.parameters()) * 4 / 8
     frames = [count - weights for count in counts]
     assert frames[0] / frames[1] == pytest.approx(8 / 20, rel=0.07)
+
+
+def test_single_frames_on_a_stream_change_nothing_but_the_bytes(tmp_path) -> None:
+    """Whole rows by calls, newest frames by a stream, and that with a rest after each update."""
+    config = replace(seed_rl.PRESETS["paper"], **TINY, **SMALL[seed_rl], inference_timeout_s=None)
+    lockstep = {"update_rule": "sync", "unrolls_in_flight": 1, "unroll_length": 30}
+    config = replace(config, **lockstep, env_id="ALE/Breakout-v5", inference_batch=2)
+    config = replace(config, torso="nature", total_env_steps=600)
+    rests = {"run_dir": str(tmp_path / "run"), "checkpoint_every_s": 0.0}
+    calls = seed_rl.train(replace(config, runtime="virtual"))
+    streamed = seed_rl.train(replace(config, wiring="unix"))
+    rested = seed_rl.train(replace(config, wiring="unix", **rests))
+    assert calls.metrics["episodes"] >= 2
+    ways = [result.policy.network.state_dict() for result in (calls, streamed, rested)]
+    for name, values in ways[0].items():
+        assert all(torch.equal(values, way[name]) for way in ways[1:]), name
+    count = [result.metrics["bytes_per_env_step"] for result in (calls, streamed)]
+    assert count[1] / count[0] == pytest.approx(0.25, rel=0.03)

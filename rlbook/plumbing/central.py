@@ -187,6 +187,8 @@ class Central:
         """Connected workers."""
         self.newest_runs: dict[int, int] = {}
         self.resting = False
+        self.row_bytes: int | None = None
+        """Of a row as it comes; set by the server."""
         self.dropped = 0
         """Unrolls that nobody learnt from."""
         self.finished: queue.SimpleQueue[Finished] = finished or queue.SimpleQueue()
@@ -314,7 +316,7 @@ class Central:
         peer.reply(group, action)
 
     def _finish(self, place: int, unroll: Unroll, episodes: list[Episode]) -> None:
-        report = report_of(unroll, episodes)
+        report = report_of(unroll, episodes, self.row_bytes)
         report.metrics.update(self.batches.metrics())
         self.finished.put(Finished(place, unroll.version, unroll, report))
 
@@ -349,11 +351,11 @@ class Central:
         self.soon(lambda: self._begin(untaken or Counter()))
 
 
-def report_of(unroll: Unroll, episodes: list[Episode]) -> Report:
-    """What there is to say of an unroll."""
+def report_of(unroll: Unroll, episodes: list[Episode], row_bytes: int | None = None) -> Report:
+    """What there is to say of an unroll, of whose rows so many bytes came (None: all)."""
     env_steps, outputs, steps = int(unroll.valid.sum()), unroll.env_outputs, len(unroll.valid)
     # Each row came once (the last one is in two unrolls), and its actions went back.
-    wire = tree_nbytes(outputs) * steps // (steps + 1)
+    wire = (row_bytes or tree_nbytes(outputs) // (steps + 1)) * steps
     wire += unroll.agent_outputs.action.size * ACTION.itemsize
     return Report(env_steps, episodes, {"bytes_per_env_step": wire / max(env_steps, 1)})
 

@@ -17,7 +17,7 @@ from rlbook.parts.envs import Envs
 from rlbook.plumbing import seed_pb2 as pb
 from rlbook.plumbing import transport
 from rlbook.plumbing.streams import SERVICE, StreamSettings
-from rlbook.plumbing.transport import Schema
+from rlbook.plumbing.transport import Schema, Track
 
 
 class Lost(ConnectionError):
@@ -114,11 +114,13 @@ class Stream:
     async def run(self, worker: int, run_id: int, groups: Sequence[Envs], token: bytes) -> None:
         """Says hello, then answers actions with rows until every group rests."""
         here = [envs.env_output for envs in groups]
-        schema = Schema.of(here[0])
-        await self.call.write(transport.hello(worker, run_id, here, token).SerializeToString())
+        stacked = getattr(groups[0], "stacked", False)
+        schema = Schema.of(here[0], stacked)
+        track, hello = Track(schema), transport.hello(worker, run_id, here, token, stacked)
+        await self.call.write(hello.SerializeToString())
         await self.next("welcome")
         for index, row in enumerate(here):
-            said = transport.rows(index, schema.encode(row))
+            said = transport.rows(index, track.encode(index, row))
             await self.call.write(said.SerializeToString())
         plays = len(groups)
         while plays:
@@ -131,7 +133,8 @@ class Stream:
             begun = time.monotonic()
             row = envs.step(action)
             taken = time.monotonic() - begun
-            said = transport.rows(told.group, schema.encode(row), envs.episodes(), taken)
+            data = track.encode(told.group, row)
+            said = transport.rows(told.group, data, envs.episodes(), taken)
             await self.call.write(said.SerializeToString())
             self.heard = time.monotonic()
         await self.call.done_writing()

@@ -200,6 +200,7 @@ class StreamServer:
     ) -> None:
         check_address(address, settings.allow_remote)
         self.central, self.schema, self.settings = central, schema, settings
+        central.row_bytes = schema.sent.nbytes
         self.target = address
         """Where workers find it."""
         self.lines: set[Line] = set()
@@ -304,7 +305,8 @@ class StreamServer:
         if first is grpc.aio.EOF:
             return
         said = transport.introduced(transport.opened(first), schema, self.settings.token)
-        peer = line.peer = central.join(said, line.reply)
+        peer, track = central.join(said, line.reply), transport.Track(schema)
+        line.peer = peer
         await context.write(pb.ToWorker(welcome=pb.Welcome()).SerializeToString())
         while (data := await context.read()) is not grpc.aio.EOF:
             line.heard = time.monotonic()
@@ -312,7 +314,8 @@ class StreamServer:
             if message.WhichOneof("kind") != "rows":
                 transport.invalid("after its hello a worker sends rows")
             told = message.rows
-            row, episodes = schema.decode(told.data), transport.episodes_of(told, schema.copies)
+            row = track.decode(told.group, told.data)
+            episodes = transport.episodes_of(told, schema.copies)
             line.inline = True
             try:
                 central.rows(peer, told.group, row, episodes, transport.env_s_of(told))

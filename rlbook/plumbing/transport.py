@@ -2,12 +2,14 @@
 
     worker                                                       server
     Hello: who, run_id, groups × copies, schema  ───────────►    known? fits? else Refused
-    Rows: group, bytes of one EnvOutput [B]      ───────────►    Schema.decode: checked, not copied
+    Rows: group, bytes of one EnvOutput [B]      ───────────►    Track.decode: checked, not copied
     Actions: group, bytes of B actions           ◄───────────    or Rest, or Hold
 
 The shapes and dtypes of a row are said once, in the hello; after that a row is nothing but the
 bytes of its arrays. Whoever reads bytes of others checks them: what is not as it was said is
 `Refused`, with the name of a gRPC status and a reason. Messages are of `seed.proto`.
+
+Of a stack of frames only the newest is sent, after a first whole row: the rest is known already.
 """
 
 import math
@@ -67,10 +69,16 @@ class Schema:
         observation_shape: of one observation.
         observation_dtype: uint8 or float32.
         copies: B.
+        stacked: observations are stacks of frames `[k, H, W]` (see `parts.frames`), of which only
+            the newest is sent, but for a stream's first rows.
     """
 
     def __init__(
-        self, observation_shape: Sequence[int], observation_dtype: Any, copies: int
+        self,
+        observation_shape: Sequence[int],
+        observation_dtype: Any,
+        copies: int,
+        stacked: bool = False,
     ) -> None:
         number, shape = np.dtype("<f4"), tuple(int(size) for size in observation_shape)
         kind = np.dtype(observation_dtype).newbyteorder("<")
@@ -90,12 +98,30 @@ class Schema:
             start += copies * field.nbytes
         self._places = [places[name] for name in EnvOutput._fields]
         self._dtypes = [field.dtype for field in self.fields]
+        self.newest: Schema | None = None
+        """Of rows with the newest frame alone, if that is what is sent."""
+        if stacked and shape[0] > 1:
+            self.newest = Schema((1, *shape[1:]), observation_dtype, copies)
 
     @classmethod
-    def of(cls, row: EnvOutput) -> "Schema":
-        """That of a row `[B]`."""
+    def of(cls, row: EnvOutput, stacked: bool = False) -> "Schema":
+        """That of a row `[B]`, of stacks of frames or not."""
         observation = row.observation
-        return cls(observation.shape[1:], observation.dtype, len(observation))
+        return cls(observation.shape[1:], observation.dtype, len(observation), stacked)
+
+    @property
+    def sent(self) -> "Schema":
+        """That of most rows that are sent."""
+        return self.newest or self
+
+    @property
+    def said(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """What a hello says of it: names, dtypes and shapes."""
+        fields = [(name, dtype.str, shape) for name, dtype, shape in self.fields]
+        if self.newest is not None:
+            _, dtype, shape = fields[2]
+            fields.append(("newest", dtype, (1, *shape[1:])))
+        return fields
 
     def encode(self, row: EnvOutput) -> bytes:
         """The bytes of a row."""
@@ -124,6 +150,48 @@ class Schema:
         return row
 
 
+class Track:
+    """The rows of one stream, at either end; what was sent last of each group is known to both.
+
+    Args:
+        schema: of the rows.
+    """
+
+    def __init__(self, schema: Schema) -> None:
+        self.schema = schema
+        self._begun: set[int] = set()
+        self._seen: dict[int, np.ndarray] = {}
+        """By group: the observation last decoded."""
+
+    def encode(self, group: int, row: EnvOutput) -> bytes:
+        """The bytes of a group's next row."""
+        newest = self.schema.newest
+        if newest is None or group not in self._begun:
+            self._begun.add(group)
+            return self.schema.encode(row)
+        return newest.encode(row._replace(observation=row.observation[:, -1:]))
+
+    def decode(self, group: int, data: bytes) -> EnvOutput:
+        """A group's next row, with the whole stack of its frames. `Refused` as `Schema.decode`
+        says, and where the newest frame comes before any other.
+        """
+        newest = self.schema.newest
+        if newest is None:
+            return self.schema.decode(data)
+        if len(data) != newest.nbytes:
+            row = self.schema.decode(data)
+        elif (before := self._seen.get(group)) is None:
+            invalid("rows: the first of a group must have all its frames")
+        else:
+            row = newest.decode(data)
+            stack = np.empty_like(before)
+            stack[:, :-1], stack[:, -1:] = before[:, 1:], row.observation
+            stack[row.first, :-1] = 0
+            row = row._replace(observation=stack)
+        self._seen[group] = row.observation
+        return row
+
+
 class Introduction(NamedTuple):
     """What a worker says of itself, once it is checked."""
 
@@ -134,10 +202,10 @@ class Introduction(NamedTuple):
 
 
 def hello(
-    worker: int, run_id: int, groups: Sequence[EnvOutput], token: bytes = b""
+    worker: int, run_id: int, groups: Sequence[EnvOutput], token: bytes = b"", stacked: bool = False
 ) -> pb.FromWorker:
     """The first message of a stream, from the rows of a worker's groups."""
-    schema = Schema.of(groups[0])
+    schema = Schema.of(groups[0], stacked)
     return pb.FromWorker(
         hello=pb.Hello(
             protocol=PROTOCOL,
@@ -147,8 +215,7 @@ def hello(
             groups=len(groups),
             copies=schema.copies,
             fields=[
-                pb.Field(name=name, dtype=dtype.str, shape=shape)
-                for name, dtype, shape in schema.fields
+                pb.Field(name=name, dtype=dtype, shape=shape) for name, dtype, shape in schema.said
             ],
         )
     )
@@ -177,7 +244,7 @@ def introduced(message: pb.FromWorker, schema: Schema, token: bytes) -> Introduc
     if said.copies != schema.copies:
         invalid(f"copies: must be {schema.copies}, got {said.copies}")
     theirs = [(field.name, field.dtype, tuple(field.shape)) for field in said.fields[:9]]
-    ours = [(name, dtype.str, shape) for name, dtype, shape in schema.fields]
+    ours = schema.said
     if theirs != ours:
         invalid(f"fields: must be {ours}, got {theirs}")
     return Introduction(said.worker, said.run_id, said.groups, said.copies)

@@ -23,7 +23,7 @@ from rlbook.plumbing import transport
 from rlbook.plumbing.central import Finished
 from rlbook.plumbing.stream_worker import Lost, open_channel, play, status
 from rlbook.plumbing.streams import SERVICE, StreamServer, StreamSettings, check_address
-from rlbook.plumbing.transport import Refused, Schema
+from rlbook.plumbing.transport import Refused, Schema, Track, hello, introduced
 from tests.counters import register
 from tests.seeds import QUICK, central, certificate, serving
 
@@ -606,3 +606,78 @@ def test_who_has_unrolls_that_wait_is_held_after_a_rest_too(tmp_path):
         central.release([0])
         take(server, 1)
         rest(server, player)
+
+
+# -- stacks of frames ------------------------------------------------------------------------------
+
+
+def stacks(steps: int, copies: int = 2, planes: int = 4, seed: int = 0) -> list[EnvOutput]:
+    """Rows as an emulator gives them: shifted by one frame, or zeros before an episode's first."""
+    rng = np.random.default_rng(seed)
+    stack, rows = rng.integers(0, 256, (copies, planes, 3, 5), np.uint8), []
+    for _ in range(steps):
+        first = rng.random(copies) < 0.3
+        newest = rng.integers(0, 256, (copies, 1, 3, 5), np.uint8)
+        stack = np.concatenate([stack[:, 1:], newest], 1)
+        stack[first, :-1] = 0
+        reward = rng.normal(size=copies).astype(np.float32)
+        rows.append(EnvOutput(stack, reward, np.ones(copies, np.float32), first))
+    return rows
+
+
+@pytest.mark.parametrize("planes", [1, 2, 4])
+def test_of_a_stack_only_the_newest_frame_is_sent(planes):
+    groups = [stacks(12, planes=planes, seed=seed) for seed in range(2)]
+    schema = Schema.of(groups[0][0], stacked=True)
+    there, here = Track(schema), Track(schema)
+    sizes = []
+    for step in range(12):
+        for group, rows in enumerate(groups):
+            data = there.encode(group, rows[step])
+            found = here.decode(group, data)
+            for a, b in zip(found, rows[step], strict=True):
+                assert np.array_equal(a, b) and a.dtype == b.dtype
+            sizes.append(len(data))
+    frames = [(size - 2 * 9) / (2 * 15) for size in sizes]  # reward, discount and first besides
+    assert frames == [planes] * 2 + [1] * 22
+    assert schema.sent.nbytes == sizes[-1] and schema.nbytes == sizes[0]
+
+
+def test_what_a_row_was_given_as_stays_what_it_is():
+    rows = stacks(6)
+    there, here = (Track(Schema.of(rows[0], stacked=True)) for _ in range(2))
+    found = [here.decode(0, there.encode(0, row)) for row in rows]
+    assert all(
+        np.array_equal(a.observation, b.observation) for a, b in zip(found, rows, strict=True)
+    )
+
+
+def test_a_newest_frame_needs_a_stack_of_its_own_stream_and_group():
+    rows = stacks(3)
+    schema = Schema.of(rows[0], stacked=True)
+    there, here = Track(schema), Track(schema)
+    whole, newest = there.encode(0, rows[0]), there.encode(0, rows[1])
+    with pytest.raises(Refused, match="the first of a group must have all its frames"):
+        here.decode(0, newest)
+    here.decode(0, whole)
+    with pytest.raises(Refused, match="the first of a group must have all its frames"):
+        here.decode(1, newest)
+    assert np.array_equal(here.decode(0, newest).observation, rows[1].observation)
+    with pytest.raises(Refused, match="rows: must be"):
+        here.decode(0, newest[:-1])
+    with pytest.raises(Refused, match="rows: must be"):
+        Track(Schema.of(rows[0])).decode(0, newest)
+
+
+@pytest.mark.parametrize("theirs", [False, True])
+def test_both_ends_must_mean_the_same_by_a_row(theirs):
+    rows = stacks(1)
+    ours = Schema.of(rows[0], stacked=True)
+    message = hello(0, 0, [rows[0]], stacked=theirs)
+    if theirs:
+        assert introduced(message, ours, b"").copies == 2
+        return
+    with pytest.raises(Refused, match="fields: must be .*newest"):
+        introduced(message, ours, b"")
+    with pytest.raises(Refused, match="fields: must be"):
+        introduced(hello(0, 0, [rows[0]], stacked=True), Schema.of(rows[0]), b"")
