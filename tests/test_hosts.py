@@ -78,7 +78,7 @@ def cut_while_it_trains(
     away = hosts.addresses[cut]
     process = hosts.start(0, *command, RAY_ADDRESS=hosts.head)
     try:
-        wait_until(lambda: env_steps(run_dir) > 0 or process.poll() is not None, 90, "training")
+        wait_until(lambda: env_steps(run_dir) > 0 or process.poll() is not None, 150, "training")
         assert process.poll() is None, process.communicate()[0]
         before = where(hosts)
         assert before["Actor"] == set(hosts.addresses)
@@ -88,7 +88,7 @@ def cut_while_it_trains(
         wait_until(lambda: env_steps(run_dir) > then + steps, 90, "training goes on")
         assert where(hosts)["Actor"] == set(hosts.addresses) - {away}
         process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=60)[0]
+        said = process.communicate(timeout=120)[0]
     finally:
         process.kill()
         hosts.mend(cut)
@@ -146,7 +146,7 @@ def test_a_driver_without_the_token_or_the_address_is_told_so_quickly(hosts: Hos
 def test_learners_on_several_hosts_add_up(hosts: Hosts, tmp_path: Path) -> None:
     few = ("--total-env-steps", "20000", "--num-learners", "3", "--unrolls-per-batch", "3")
     command = train(tmp_path / "run", "impala", *few, "--num-actors", "3")
-    hosts.run(0, *command, seconds=90, RAY_ADDRESS=hosts.head)
+    hosts.run(0, *command, seconds=150, RAY_ADDRESS=hosts.head)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["stopped_because"] == "total_env_steps"
     states = load_checkpoint(tmp_path / "run" / "checkpoint.npz", "impala")["parts"]["learners"]
@@ -160,10 +160,10 @@ def test_a_learner_whose_host_is_cut_off_ends_the_run(hosts: Hosts, tmp_path: Pa
     command = train(tmp_path / "run", "impala", *many, "--num-actors", "3")
     process = hosts.start(0, *command, RAY_ADDRESS=hosts.head)
     try:
-        wait_until(lambda: env_steps(tmp_path / "run") > 0, 90, "training")
+        wait_until(lambda: env_steps(tmp_path / "run") > 0, 150, "training")
         assert where(hosts)["Learner"] == set(hosts.addresses)
         hosts.cut(1)
-        said = process.communicate(timeout=60)[0]
+        said = process.communicate(timeout=120)[0]
     finally:
         process.kill()
         hosts.mend(1)
@@ -175,7 +175,7 @@ def test_a_learner_whose_host_is_cut_off_ends_the_run(hosts: Hosts, tmp_path: Pa
 @needs_hosts
 def test_the_doctor_counts_all_hosts(hosts: Hosts) -> None:
     doctor = (sys.executable, "-m", "rlbook.cli", "doctor", "--ray-address", hosts.head)
-    said = hosts.start(1, *doctor).communicate(timeout=60)[0]
+    said = hosts.start(1, *doctor).communicate(timeout=120)[0]
     assert said.count("2 cores") >= 3
     assert "rlbook train impala --num-actors 4 --ray-address auto" in said
 
@@ -183,7 +183,7 @@ def test_the_doctor_counts_all_hosts(hosts: Hosts) -> None:
 @needs_hosts
 def test_seed_s_workers_are_on_all_hosts(hosts: Hosts, tmp_path: Path) -> None:
     few = ("--total-env-steps", "20000", "--wiring", "calls", "--num-workers", "3")
-    hosts.run(0, *train(tmp_path / "run", "seed_rl", *few), seconds=90, RAY_ADDRESS=hosts.head)
+    hosts.run(0, *train(tmp_path / "run", "seed_rl", *few), seconds=150, RAY_ADDRESS=hosts.head)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["stopped_because"] == "total_env_steps"
 
@@ -210,7 +210,7 @@ def test_seed_s_server_is_reached_from_another_host_if_it_is_told_to(
     program = (sys.executable, "-m", "rlbook.cli", "train", "seed_rl", "--run-dir", str(run_dir))
     process = hosts.start(0, *program, *many, *listening)
     try:
-        wait_until(lambda: env_steps(run_dir) > 0 or process.poll() is not None, 60, "training")
+        wait_until(lambda: env_steps(run_dir) > 0 or process.poll() is not None, 150, "training")
         assert process.poll() is None, process.communicate()[0]
         said = hosts.python(1, CONNECTED, f"{hosts.addresses[0]}:7700")
         process.send_signal(signal.SIGINT)
