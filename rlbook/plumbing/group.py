@@ -12,7 +12,6 @@ meet anew.
 """
 
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -29,7 +28,7 @@ from rlbook.plumbing.runtime import ActorDiedError
 from rlbook.plumbing.shared import SharedArrays
 from rlbook.plumbing.together import AWAKE_S, Together, broken_if_it_fails
 from rlbook.plumbing.together import GroupBroken as GroupBroken
-from rlbook.plumbing.torchrun import launched, store
+from rlbook.plumbing.torchrun import interface_to, launched, store
 
 Held = TypeVar("Held")
 
@@ -81,11 +80,12 @@ class Group:
         self._together: Together | None = None
         if size == 1:
             return
-        launch, address = launched(), LOOPBACK
-        if launch is None or launch.alone:  # gloo would look for the computer's name otherwise
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-        else:
-            address = os.environ["MASTER_ADDR"]
+        launch = launched()
+        apart = launch is not None and not launch.alone
+        address = os.environ["MASTER_ADDR"] if apart else LOOPBACK
+        if (name := interface_to(address)) is not None:
+            # By itself gloo takes the one that the computer's name leads to, be it the loopback.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         with broken_if_it_fails():
             place: Any = (
                 distributed.FileStore(meeting, size)

@@ -14,6 +14,8 @@ checked once, and nothing is written twice.
 
 Nobody is replaced. When a rank dies the others are told at once, and wait a little, so that
 torchrun, who ends them all, finds the one that died first; a run goes on from its last checkpoint.
+torchrun sees its own computer only: so each rank also watches its connection, and ends where it
+would wait for ever.
 
 Requests are pickled, and only who has read the key from the store may send them; but whoever
 reaches the store has it: use networks that you trust, as for all of `torch.distributed`.
@@ -27,16 +29,22 @@ import secrets
 import signal
 import socket
 import sys
+import threading
 import time
 from collections import deque
 from functools import cache
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any, NamedTuple, NoReturn, cast
 
+import psutil
+
 from rlbook.plumbing.crew import Crew, CrewError
 
 GRACE_S = 5.0
 """Who lost the others waits so long before it fails too: torchrun blames the first to fail."""
+
+PATIENCE_S = 20.0
+"""Who has not noticed by then that others are gone waits for them in vain, and is ended."""
 
 LOOPBACK = "127.0.0.1"
 
@@ -128,6 +136,7 @@ class RankCrew(Crew):
         self._tasks: deque[tuple[Any, tuple[Any, ...]]] = deque()
         """What this process was asked itself."""
         self._pipes: dict[int, Connection] = {}
+        self._over = threading.Event()
 
     def __enter__(self) -> RankCrew:
         key = secrets.token_bytes(32)
@@ -141,6 +150,7 @@ class RankCrew(Crew):
         for pipe in self._pipes.values():  # clocks of several computers differ
             pipe.send(None)
             pipe.send(time.monotonic() - pipe.recv())
+        _watch(list(self._pipes.values()), self._over, "rlbook: a rank is gone")
         super().__enter__()
         return self
 
@@ -161,6 +171,7 @@ class RankCrew(Crew):
                 pass  # it is gone already
         self._pipes = {}
         leave(self._made_here)
+        self._over.set()
         super().close()
 
     def _start(self, index: int) -> Any:
@@ -198,12 +209,15 @@ def serve() -> int:
     from torch.distributed.elastic.multiprocessing.errors import record
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 ends the run in good order
-    launch = launched()
+    launch, over = launched(), threading.Event()
     assert launch is not None
-    found = record(_answer)(_driver(launch))
+    pipe, says = _driver(launch), f"rlbook: rank {launch.rank}: rank 0 is gone"
+    _watch([pipe], over, says)
+    found = record(_answer)(pipe)
+    over.set()
     if found is None:
         time.sleep(GRACE_S)
-        print(f"rlbook: rank {launch.rank}: rank 0 is gone", file=sys.stderr)
+        print(says, file=sys.stderr)
     return 1 if found is None else 0
 
 
@@ -242,6 +256,49 @@ def _answer(pipe: Connection) -> bool | None:
         return None
     leave(made)
     return True
+
+
+def _watch(pipes: list[Connection], over: threading.Event, says: str) -> None:
+    """Ends this process some time after one of these is gone, unless it is over by itself."""
+
+    def look() -> None:
+        while not over.wait(0.5):
+            if any(map(_gone, pipes)):
+                if not over.wait(PATIENCE_S):
+                    print(says, file=sys.stderr, flush=True)
+                    os._exit(1)  # out of a sum that nobody will ever complete
+                return
+
+    threading.Thread(target=look, daemon=True).start()
+
+
+def _gone(pipe: Connection) -> bool:
+    """Whether nothing more will come; what has come is left where it is."""
+    try:
+        with socket.socket(fileno=os.dup(pipe.fileno())) as line:
+            return not line.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def interface_to(address: str) -> str | None:
+    """The network interface by which this computer reaches `address`; None where it has no name, or
+    is the loopback though `address` is elsewhere, as where a computer's name means 127.0.1.1 to it.
+    """
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # nothing is sent
+            probe.connect((address, 9))
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    if own.startswith("127.") and not address.startswith("127.") and address != "localhost":
+        return None
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address == own for entry in entries):
+            return name
+    return None
 
 
 def _keep_alive(pipe: Connection) -> None:

@@ -25,8 +25,9 @@ from rlbook.plumbing import group, torchrun
 from rlbook.plumbing.cluster import Cluster, Node
 from rlbook.plumbing.crew import CrewError
 from rlbook.plumbing.group import SharedBoard
-from rlbook.plumbing.torchrun import Launch, RankCrew, StoreBoard, launched
+from rlbook.plumbing.torchrun import Launch, RankCrew, StoreBoard, interface_to, launched
 from rlbook.plumbing.virtual import VirtualRuntime
+from tests.hosts import Hosts, why_not
 from tests.runs import same_parameters
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +41,7 @@ QUICK = {
     "log_every_env_steps": 500,
 }
 FLAGS = [word for k, v in QUICK.items() for word in (f"--{k.replace('_', '-')}", str(v))]
-LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
+WHY_NOT = why_not()
 
 
 @contextmanager
@@ -52,7 +53,7 @@ def started(*words: object, how: list[str] = ALONE, folder: Path) -> Iterator[su
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **LOOPBACK, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
     family = [psutil.Process(process.pid)]
     try:
@@ -321,6 +322,71 @@ def test_a_rank_takes_the_device_of_its_number_on_its_host(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     dppo.Worker(config, 3)
     assert asked == [3, 1]
+
+
+STUCK = """
+from rlbook.plumbing import torchrun
+from tests.plumbing.test_torchrun import Stuck
+torchrun.PATIENCE_S = 1.0
+if torchrun.launched().rank:
+    raise SystemExit(torchrun.serve())
+with torchrun.RankCrew(Stuck, lambda index, born: (), 2) as crew:
+    crew.each("wait")
+"""
+
+
+class Stuck:
+    """Waits for ever, as in a sum of ranks that have not found each other."""
+
+    def wait(self) -> None:
+        print("stuck", flush=True)
+        time.sleep(10**6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_rank_that_is_stuck_ends_when_a_rank_on_another_host_dies(who, tmp_path):
+    (tmp_path / "program.py").write_text(STUCK)
+    with free_port() as port:
+        where = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(port)]
+    hosts = [["--node-rank", str(n), "--nproc-per-node", "1", *where] for n in range(2)]
+    with started("program.py", how=hosts[0], folder=tmp_path) as one:
+        with started("program.py", how=hosts[1], folder=tmp_path) as other:
+            for process in (one, other):
+                assert process.stdout.readline() == "stuck\n"
+            (victim,) = ranks((one, other)[who])
+            victim.kill()
+            code, _, err = ended((other, one)[who])
+            assert code != 0 and "rlbook: " in err and "is gone" in err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+def test_ranks_on_hosts_of_their_own_find_each_other():
+    """Two network namespaces; then one host dies, and the other does not wait for it."""
+    with Hosts(2) as hosts:
+        folder, master = hosts.folder, ["--master-addr", hosts.addresses[0]]
+        for total, code in ((3_000, 0), (10**9, 1)):
+            run_dir = folder / str(total)
+            words = [*FLAGS, "--total-env-steps", str(total), "--run-dir", str(run_dir)]
+            processes = []
+            for n in range(2):
+                how = ["--nnodes", "2", "--node-rank", str(n), *master, "--master-port", "29500"]
+                command = [*TORCHRUN, *how, "-m", "rlbook", "train", "dppo", *words]
+                processes.append(hosts.start(n, *command))
+            if code:
+                wait_for_rows(run_dir, processes[0])
+                hosts.end(hosts.hosts[1])
+            said, _ = processes[0].communicate(timeout=120)
+            assert (processes[0].returncode != 0) == bool(code), said
+            processes[1].communicate(timeout=120)
+        assert same_parameters(Result.load(folder / "3000"), alike(3_000))
+
+
+def test_the_interface_is_the_one_that_leads_there():
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    assert interface_to("127.0.0.1") == interface_to("localhost") == loopback
+    assert interface_to("no host of this name.") is None
 
 
 @pytest.mark.slow
