@@ -388,10 +388,13 @@ def test_real_learners_reduce_among_themselves_and_one_that_fails_ends_it():
             assert np.array_equal(states[0][name], states[1][name])
         assert states[0]["updates"] == states[1]["updates"] == 12
         assert states[0]["rng"] == states[1]["rng"] and group.state_dict()["updates"] == 12
+        result = apex.train(replace(config, total_env_steps=3_000), runtime)
         broken = parts[1]._replace(sample=parts[1].sample._replace(probabilities=None))
         metrics, *_ = group.learn(Draw([runtime.put(parts[0]), runtime.put(broken)], 24))
         with pytest.raises(TypeError, match="object of type 'NoneType' has no len"):
             group.learnt(group.first([metrics]))
+    assert result.stopped_because == "total_env_steps" and result.learner_steps > 300
+    assert {"Learner 2", "Learner 3"} <= {span.who for span in result.spans}
 
 
 @pytest.mark.parametrize("which", [0, 1])
