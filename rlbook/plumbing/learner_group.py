@@ -101,6 +101,8 @@ class Ranked(Alive):
 
         own = address if address == "127.0.0.1" else self.address()
         os.environ["GLOO_SOCKET_IFNAME"] = interface_of(own)
+        if own != "127.0.0.1":
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", interface_of(own))
         store = self._store or distributed.TCPStore(address, port)
         backend = getattr(self.config, "learner_backend", "auto")
         self.together = Together(store, rank, size, self.device, backend, address)

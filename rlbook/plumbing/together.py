@@ -12,13 +12,14 @@ The sum of CPU tensors is gloo's in any case. NCCL between more than one GPU, an
 could not be tried where this was written.
 """
 
+import ipaddress
 import os
 import secrets
 import select
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -52,6 +53,15 @@ def broken_if_it_fails() -> Iterator[None]:
         raise GroupBroken(str(error)) from error
 
 
+def is_number(address: str) -> bool:
+    """Whether it is an IP address, and no name."""
+    try:
+        ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return True
+
+
 class Lifeline:
     """A connection of each rank with rank 0, for the sake of its end.
 
@@ -74,7 +84,10 @@ class Lifeline:
             self.ends[0].sendall(f"{word} {rank}".encode())
             return
         word, missing = secrets.token_hex(16), {str(other) for other in range(1, size)}
-        with socket.create_server((address, 0), backlog=size) as door:
+        # A host's own name often leads to its loopback, where others cannot reach it: with a name,
+        # as torchrun gives one, it listens on all its addresses.
+        where = address if address == "localhost" or is_number(address) else ""
+        with socket.create_server((where, 0), backlog=size) as door:
             store.set("lifeline", f"{door.getsockname()[1]} {word}")
             until = time.monotonic() + timeout_s
             while missing:
@@ -178,15 +191,18 @@ class Together:
         self.lifeline.cut()
         if not distributed.is_initialized():
             return
-        if self.backend == "nccl":  # what others will never answer must not be waited for
-            distributed.distributed_c10d._abort_process_group()
-        else:
-            distributed.destroy_process_group()
+        with suppress(RuntimeError, ValueError):  # why it leaves is to be told, not this
+            if self.backend == "nccl":  # what others will never answer must not be waited for
+                distributed.distributed_c10d._abort_process_group()
+            else:
+                distributed.destroy_process_group()
 
     def _wait(self, vector: Tensor, operation: Any = distributed.ReduceOp.SUM) -> None:
         """Awake at first. Sums of microseconds are too short to sleep: where all cores are busy,
         who sleeps wakes up milliseconds late (1.7 ms on average, 0.5 awake, on two cores).
         """
+        if not distributed.is_initialized():
+            raise GroupBroken("this one has left")
         with broken_if_it_fails():
             work = distributed.all_reduce(vector, operation, async_op=True)
             begun = time.monotonic()
