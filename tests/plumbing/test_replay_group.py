@@ -286,7 +286,8 @@ def test_clients_of_a_server_draw_each_their_part():
 
 @each_system
 def test_in_bfloat16_the_parameters_stay_float32_and_move_alike(system, config):
-    vectors = {}
+    """Every part of the network, those before a burn-in without gradient too."""
+    vectors, sizes = {}, []
     for precision in ("float32", "bfloat16"):
         learner = system.Learner(replace(config, precision=precision))
         before, (shard,) = learner.flat.vector.clone(), shards_of(system, config, 1)
@@ -294,6 +295,9 @@ def test_in_bfloat16_the_parameters_stay_float32_and_move_alike(system, config):
         assert answer[2].values.dtype == np.float64 and np.isfinite(answer[2].values).all()
         assert learner.flat.vector.dtype == torch.float32
         vectors[precision] = learner.flat.vector - before
+        network = learner.networks[0] if hasattr(learner, "networks") else learner.online
+        sizes.append([float(parameter.grad.norm()) for parameter in network.parameters()])
+    assert np.allclose(np.log2(sizes[0]), np.log2(sizes[1]), atol=1.0)
     likeness = torch.nn.functional.cosine_similarity(*vectors.values(), dim=0)
     assert 0.9 < likeness < 1.0
 
