@@ -155,17 +155,34 @@ def test_frames_that_are_told_once_change_nothing_but_the_bytes(monkeypatch) -> 
     assert frames[0] / frames[1] == pytest.approx(8 / 20, rel=0.07)
 
 
-def test_single_frames_on_a_stream_change_nothing_but_the_bytes(tmp_path) -> None:
+SEQUENCES: dict[str, Any] = {
+    "learner": "r2d2",
+    "sequence_length": 6,
+    "sequence_overlap": 3,
+    "burn_in_length": 2,
+    "batch_size": 4,
+    "learning_starts": 4,
+    "samples_per_insert": 1.0,
+    "lstm_size": 8,
+    "epsilon_base": 1.0,  # random play, or nobody begins the game
+    "epsilon_alpha": 0.0,
+    "scored_fraction": 1.0,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, SEQUENCES], ids=["vtrace", "r2d2"])
+def test_single_frames_on_a_stream_change_nothing_but_the_bytes(tmp_path, changes) -> None:
     """Whole rows by calls, newest frames by a stream, and that with a rest after each update."""
     config = replace(seed_rl.PRESETS["paper"], **TINY, **SMALL[seed_rl], inference_timeout_s=None)
     lockstep = {"update_rule": "sync", "unrolls_in_flight": 1, "unroll_length": 30}
     config = replace(config, **lockstep, env_id="ALE/Breakout-v5", inference_batch=2)
-    config = replace(config, torso="nature", total_env_steps=600)
+    config = replace(config, torso="nature", total_env_steps=600, **changes)
     rests = {"run_dir": str(tmp_path / "run"), "checkpoint_every_s": 0.0}
     calls = seed_rl.train(replace(config, runtime="virtual"))
     streamed = seed_rl.train(replace(config, wiring="unix"))
     rested = seed_rl.train(replace(config, wiring="unix", **rests))
-    assert calls.metrics["episodes"] >= 2
+    assert calls.metrics["episodes"] >= 2 and calls.learner_steps >= 4
     ways = [result.policy.network.state_dict() for result in (calls, streamed, rested)]
     for name, values in ways[0].items():
         assert all(torch.equal(values, way[name]) for way in ways[1:]), name

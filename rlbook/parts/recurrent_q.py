@@ -126,7 +126,9 @@ def torch_step(network: nn.Module) -> Step:
     def step(observation: np.ndarray, state: ArrayState) -> tuple[np.ndarray, ArrayState]:
         first = torch.zeros(1, len(observation), dtype=torch.bool)
         before = torch.from_numpy(state[0]), torch.from_numpy(state[1])
-        q, after = q_values(network, torch.from_numpy(observation).unsqueeze(0), first, before)
+        # Rows from another process are read-only, which PyTorch does not know.
+        seen = torch.from_numpy(np.require(observation, None, "W"))
+        q, after = q_values(network, seen.unsqueeze(0), first, before)
         return q[0].numpy(), (after[0].numpy(), after[1].numpy())
 
     return step

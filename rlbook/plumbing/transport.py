@@ -127,7 +127,8 @@ class Schema:
         """The bytes of a row."""
         arrays = (row.reward, row.discount, row.observation, row.first)
         wanted = zip(arrays, self._dtypes, strict=True)
-        return b"".join([np.ascontiguousarray(array, dtype) for array, dtype in wanted])
+        parts: list[Any] = [np.ascontiguousarray(array, dtype) for array, dtype in wanted]
+        return b"".join(parts)
 
     def decode(self, data: bytes) -> EnvOutput:
         """A row that reads the bytes where they lie.
