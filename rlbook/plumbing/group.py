@@ -42,10 +42,13 @@ def _finish(work: Any) -> None:
     """Waits, awake at first. Sums of microseconds are too short to sleep: where all cores are
     busy, who sleeps wakes up milliseconds late (here 1.7 ms on average, 0.5 awake).
     """
-    until = time.monotonic() + AWAKE_S
-    while not work.is_completed() and time.monotonic() < until:
-        os.sched_yield()
-    work.wait()
+    try:
+        until = time.monotonic() + AWAKE_S
+        while not work.is_completed() and time.monotonic() < until:
+            os.sched_yield()
+        work.wait()
+    finally:
+        del work  # it holds the group's connections: the traceback of an error must not
 
 
 class Group:
@@ -86,6 +89,7 @@ class Group:
         if (name := interface_to(address)) is not None:
             # By itself gloo takes the one that the computer's name leads to, be it the loopback.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
         with broken_if_it_fails():
             place: Any = (
                 distributed.FileStore(meeting, size)

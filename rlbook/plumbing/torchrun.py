@@ -36,9 +36,8 @@ from functools import cache
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any, NamedTuple, NoReturn, cast
 
-import psutil
-
 from rlbook.plumbing.crew import Crew, CrewError
+from rlbook.plumbing.joining import interface_of
 
 GRACE_S = 5.0
 """Who lost the others waits so long before it fails too: torchrun blames the first to fail."""
@@ -284,21 +283,19 @@ def _gone(pipe: Connection) -> bool:
 
 
 def interface_to(address: str) -> str | None:
-    """The network interface by which this computer reaches `address`; None where it has no name, or
-    is the loopback though `address` is elsewhere, as where a computer's name means 127.0.1.1 to it.
+    """The network interface by which this computer reaches `address`; None where nobody knows, or
+    it is the loopback though `address` is elsewhere, as where a computer's name means 127.0.1.1 to
+    it.
     """
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # nothing is sent
             probe.connect((address, 9))
             own = probe.getsockname()[0]
+        if own.startswith("127.") and not address.startswith("127.") and address != "localhost":
+            return None
+        return interface_of(own)
     except OSError:
         return None
-    if own.startswith("127.") and not address.startswith("127.") and address != "localhost":
-        return None
-    for name, entries in psutil.net_if_addrs().items():
-        if any(entry.address == own for entry in entries):
-            return name
-    return None
 
 
 def _keep_alive(pipe: Connection) -> None:

@@ -35,6 +35,15 @@ class Peer:
             return "broken"
         return "whole"
 
+    def keep(self) -> str:
+        try:
+            self.group.gather([np.zeros(2)])
+        except GroupBroken as error:
+            self.error = error
+            self.group.close()
+            return str(error).lower()
+        return "whole"
+
     def die(self) -> None:
         raise SystemExit
 
@@ -46,6 +55,19 @@ def test_sums_and_gatherings(size, tmp_path):
         for summed, gathered in crew.each("work"):
             assert summed == [sum(10.0**i for i in range(size))] * 2
             assert gathered == [[[[i, 1]], [i, i + 1, i + 2]] for i in range(size)]
+
+
+def test_four_learn_of_a_death_while_its_error_is_kept(tmp_path):
+    """Rings: who is no neighbour of the dead one hears of it from those who have left."""
+    with Crew(Peer, lambda index, born: (index,), 4) as crew:
+        crew.each("join", [(str(tmp_path / "a"), 4)] * 4)
+        for index in (0, 1, 2):
+            crew.ask(index, "keep")
+        crew.ask(3, "die")
+        answers = dict(crew.rest())
+        assert sorted(answers) == [0, 1, 2]
+        for why in answers.values():
+            assert why != "whole" and "timed out" not in why, "it waited all of its time"
 
 
 def test_who_waits_for_a_dead_one_learns_of_it_and_may_meet_anew(tmp_path):
