@@ -302,6 +302,26 @@ def test_in_bfloat16_the_parameters_stay_float32_and_move_alike(system, config):
     assert 0.9 < likeness < 1.0
 
 
+def test_what_is_asked_is_compiled_and_it_learns_the_same():
+    """Of Ape-X DPG the critic too, which no forward pass asks. (Compiled without a compiler.)"""
+    learner = apex_dpg.Learner(replace(DPG, compile=True))
+    online, target = learner.networks
+    parts = [online.torso, online.critic_torso, target.torso, target.critic_torso]
+    assert all(part._compiled_call_impl is not None for part in parts)
+    assert apex.Learner(replace(APEX, compile=True)).target._compiled_call_impl is not None
+    recurrent = r2d2.Learner(replace(R2D2, compile=True)).online
+    assert recurrent._compiled_call_impl is None is not recurrent.torso._compiled_call_impl
+    ends = []
+    for one in (learner, apex_dpg.Learner(DPG)):
+        if one is learner:
+            for part in parts:
+                part.compile(backend="eager")
+        (shard,) = shards_of(apex_dpg, DPG, 1)
+        one.learn(narrowed(shard.draw(24, 1.0))[1])
+        ends.append(one.flat.vector)
+    assert torch.allclose(*ends, rtol=0, atol=1e-6)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @each_system
 def test_on_a_gpu_it_learns_what_it_learns_on_the_cpu(system, config):
