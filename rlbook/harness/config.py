@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
+from rlbook.parts.stored import reading
+
 C = TypeVar("C", bound="BaseConfig")
 
 RUN_FIELDS = frozenset(
@@ -154,7 +156,8 @@ def config_from_json(config_type: type[C], values: dict[str, Any], source: Path)
         raise ValueError(f"{source}: fields that {config_type.__module__} does not know: {unknown}")
     fitted = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
     try:
-        return config_type(**fitted)  # type: ignore[arg-type]
+        with reading():
+            return config_type(**fitted)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from error
 

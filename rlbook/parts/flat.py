@@ -43,7 +43,7 @@ class Flat:
         if not self.gradients.is_cuda:
             return self.clip(max_norm)
         norm = torch.linalg.vector_norm(self.gradients)
-        self.gradients.mul_((max_norm / norm).clamp(max=1.0))
+        self.gradients.mul_((max_norm / norm.clamp(min=1e-30)).clamp(max=1.0))
         return norm
 
 

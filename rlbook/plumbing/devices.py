@@ -8,8 +8,8 @@
 
 With "cuda" and "auto" Ray gives each learner its GPU, and hides the others from it, so that it is
 "cuda:0" there. A GPU by its number is placement by hand: then Ray is asked for none and hides none
-(an actor that asks for no GPU sees what its node sees), and the number is the node's; of several
-numbers each learner takes its own in turn.
+(Ray 2.60 lets an actor that asks for no GPU see what its node sees; old ones hid all), and the
+number is the node's; of several numbers each learner takes its own in turn.
 
 Nothing here could be tried on more than the computer at hand has: what the tests skip without a GPU
 is marked so.
@@ -28,6 +28,7 @@ from torch import nn
 
 from rlbook.parts.flat import Flat
 from rlbook.parts.on_device import there
+from rlbook.parts.stored import is_reading
 
 DEVICE = re.compile(r"cpu|cuda|auto|cpu:0|cuda:\d+")
 
@@ -70,15 +71,16 @@ class DeviceFields:
 
 
 def refuse_devices(field: str, names: Sequence[str], *, here: bool = True) -> None:
-    """ValueError for the first that is no device, or none of this computer if it must be `here`.
-    Makes nothing on the device.
+    """ValueError for the first that is no device, or none of this computer if it must be `here`
+    (never where a stored configuration is read). Makes nothing on the device.
     """
     for name in names:
         if not DEVICE.fullmatch(name):
             raise ValueError(f"{field}: must be cpu, cuda, cuda:0 (1, …) or auto; got {name!r}")
         kind, _, number = name.partition(":")
-        count = torch.cuda.device_count() if kind == "cuda" and here else 0
-        if kind == "cuda" and here and count <= int(number or 0):
+        asked = kind == "cuda" and here and not is_reading()
+        count = torch.cuda.device_count() if asked else 0
+        if asked and count <= int(number or 0):
             have = f"GPUs cuda:0 to cuda:{count - 1}" if count else "no GPU for PyTorch"
             raise ValueError(f"{field}: this computer has no {name!r}: it has {have}")
 
@@ -158,18 +160,26 @@ def autocast(config: Any, device: torch.device) -> AbstractContextManager[Any]:
     """Within, matrix products and convolutions are done in `config.precision`."""
     if config.precision == "float32":
         return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
+    # Without its cache: before PyTorch 2.10 or so a weight that was cast without gradient first (a
+    # burn-in) came from there with gradient too, and got none.
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
 
 
 def compiled(network: nn.Module, config: Any) -> Any:
     """The same network, whose forward pass is compiled at its first call if `config` says so.
 
     Of one with an LSTM only the torso is: the LSTM runs from reset to reset, in stretches whose
-    lengths are new with every unroll.
+    lengths are new with every unroll. Of an actor with a critic both torsos are: the critic is not
+    asked by a forward pass.
     """
     if config.compile:
-        part: Any = network.torso if hasattr(network, "core") else network
-        part.compile()
+        parts: list[Any] = [network]
+        if hasattr(network, "core"):
+            parts = [network.torso]
+        elif hasattr(network, "critic_torso"):
+            parts = [network.torso, network.critic_torso]
+        for part in parts:
+            part.compile()
     return network
 
 

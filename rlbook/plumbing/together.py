@@ -53,13 +53,24 @@ def broken_if_it_fails() -> Iterator[None]:
         raise GroupBroken(str(error)) from error
 
 
-def is_number(address: str) -> bool:
-    """Whether it is an IP address, and no name."""
+def _door(address: str, size: int) -> socket.socket:
+    """Listens at an address of this computer, or, where it is none, at all that it has.
+
+    A host's own name often leads to its loopback, and a public address to another host.
+    """
     try:
         ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    return True
+        return socket.create_server((address, 0), backlog=size)
+    except (ValueError, OSError):
+        return socket.create_server(("", 0), backlog=size)
+
+
+def keep_alive(end: socket.socket) -> None:
+    """Lets the system find out, within a minute or so, that the other computer has vanished."""
+    end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, name):
+            end.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 class Lifeline:
@@ -82,12 +93,10 @@ class Lifeline:
             port, word = store.get("lifeline").decode().split()
             self.ends.append(socket.create_connection((address, int(port)), timeout_s))
             self.ends[0].sendall(f"{word} {rank}".encode())
+            keep_alive(self.ends[0])
             return
         word, missing = secrets.token_hex(16), {str(other) for other in range(1, size)}
-        # A host's own name often leads to its loopback, where others cannot reach it: with a name,
-        # as torchrun gives one, it listens on all its addresses.
-        where = address if address == "localhost" or is_number(address) else ""
-        with socket.create_server((where, 0), backlog=size) as door:
+        with _door(address, size) as door:
             store.set("lifeline", f"{door.getsockname()[1]} {word}")
             until = time.monotonic() + timeout_s
             while missing:
@@ -104,6 +113,7 @@ class Lifeline:
         if len(said) == 2 and said[0] == word and said[1] in missing:
             missing.remove(said[1])
             self.ends.append(end)
+            keep_alive(end)
         else:
             end.close()
 
@@ -153,7 +163,7 @@ class Together:
             gpus = [store.get(f"gpu {other}").decode() for other in range(size)]
         self.backend = backend_for(backend, gpus)
         # NCCL's own watchdog ends the process where it notices a failure; here the error is raised.
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # torchrun says 1
         kinds, on_gpu = "gloo", self.backend == "nccl"
         with broken_if_it_fails():
             self.lifeline = Lifeline(store, rank, size, address, timeout_s)
@@ -198,22 +208,30 @@ class Together:
                 distributed.destroy_process_group()
 
     def _wait(self, vector: Tensor, operation: Any = distributed.ReduceOp.SUM) -> None:
-        """Awake at first. Sums of microseconds are too short to sleep: where all cores are busy,
-        who sleeps wakes up milliseconds late (1.7 ms on average, 0.5 awake, on two cores).
-        """
+        """The sum, when all are there."""
         if not distributed.is_initialized():
             raise GroupBroken("this one has left")
         with broken_if_it_fails():
-            work = distributed.all_reduce(vector, operation, async_op=True)
+            # By no name here: it holds the connections, which an error's traceback must not.
+            on_host = vector.device.type == "cpu"
+            self._see_through(distributed.all_reduce(vector, operation, async_op=True), on_host)
+
+    def _see_through(self, work: Any, on_host: bool) -> None:
+        """Awake at first. Sums of microseconds are too short to sleep: where all cores are busy,
+        who sleeps wakes up milliseconds late (1.7 ms on average, 0.5 awake, on two cores).
+        """
+        try:
             begun = time.monotonic()
             while not work.is_completed():
                 if (waited := time.monotonic() - begun) < AWAKE_S:
                     os.sched_yield()
                     continue
-                if vector.device.type == "cpu":
+                if on_host:
                     break  # gloo wakes up who waits, for an answer and for a death
                 self.lifeline.check()
                 if waited > self.timeout_s:
                     raise GroupBroken(f"no answer of the others for {self.timeout_s:.0f} s")
                 time.sleep(NAP_S)
             work.wait()
+        finally:
+            del work  # see `_wait`

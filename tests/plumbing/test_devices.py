@@ -1,7 +1,7 @@
 """Devices: what is refused, whose device is whose, Ray's options, copies, autocast, compilation."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from rlbook.parts.flat import Flat
 from rlbook.parts.networks import ActorCritic
 from rlbook.parts.recurrent import RecurrentActorCritic
+from rlbook.parts.stored import reading
 from rlbook.plumbing import devices as dv
 from rlbook.plumbing.runtime import RayRuntime
 
@@ -55,6 +56,10 @@ def test_a_gpu_is_refused_where_there_is_none_but_not_on_a_cluster():
     with pytest.raises(ValueError, match="device: this computer has no 'cuda': it has no GPU"):
         Config(device="cuda")
     assert Config(device="cuda", ray_address="auto").device == "cuda"
+    with reading():  # what a run on another computer has stored
+        assert Config(device="cuda:7").device == "cuda:7"
+    with pytest.raises(ValueError, match="no 'cuda:7'"):
+        replace(Config(), device="cuda:7")
     assert dv.device_here(Config(device="auto"), 3) == torch.device("cpu")
 
 

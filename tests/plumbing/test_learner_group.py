@@ -11,6 +11,7 @@ import torch
 from rlbook import impala as ip
 from rlbook import seed_rl as sr
 from rlbook.data import Unroll
+from rlbook.parts.flat import Flat
 from rlbook.plumbing.crew import Crew
 from rlbook.plumbing.faults import sigkill
 from rlbook.plumbing.inference import Who
@@ -201,6 +202,19 @@ def test_a_learner_on_a_gpu_is_one_on_the_cpu(lstm_size):
     here = parameters_of_one(config, batch)
     there = parameters_of_one(replace(config, device="cuda"), batch)
     assert np.allclose(here, there, atol=1e-5)
+
+
+@on_gpu
+@pytest.mark.parametrize("most", [0.0, 0.1, 1e9])
+def test_a_gradient_is_clipped_on_a_gpu_as_on_the_cpu(most):
+    for size in (0.0, 1.0):
+        here, there = (Flat(torch.nn.Linear(3, 2).to(device)) for device in ("cpu", "cuda"))
+        norms = []
+        for flat in (here, there):
+            flat.gradients.fill_(size)
+            norms.append(float(flat.clipped(most)))
+        assert np.allclose(*norms, rtol=1e-6)
+        assert torch.allclose(here.gradients, there.gradients.cpu(), rtol=1e-6)
 
 
 @on_gpu
