@@ -41,11 +41,13 @@ def joined(arrays: Sequence[np.ndarray], axis: int, device: torch.device) -> Any
     They are put together where the GPU fetches them, so that the host copies each once, and goes on
     while they travel.
     """
-    shape, kind = list(arrays[0].shape), torch.from_numpy(arrays[0][:0].copy()).dtype
+    if device.type != "cuda":
+        return np.concatenate(arrays, axis)
+    shape, kind = list(arrays[0].shape), torch.from_numpy(np.empty(0, arrays[0].dtype)).dtype
     shape[axis] = sum(array.shape[axis] for array in arrays)
-    whole = torch.empty(shape, dtype=kind, pin_memory=device.type == "cuda")
-    np.concatenate(arrays, axis, out=whole.numpy())
-    return whole.to(device, non_blocking=True) if device.type == "cuda" else whole.numpy()
+    pinned = torch.empty(shape, dtype=kind, pin_memory=True)
+    np.concatenate(arrays, axis, out=pinned.numpy())
+    return pinned.to(device, non_blocking=True)
 
 
 def on_host(state: Any) -> Any:

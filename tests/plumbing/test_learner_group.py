@@ -12,6 +12,7 @@ from rlbook import impala as ip
 from rlbook import seed_rl as sr
 from rlbook.data import Unroll
 from rlbook.parts.flat import Flat
+from rlbook.parts.unroll_replay import side_by_side
 from rlbook.plumbing.crew import Crew
 from rlbook.plumbing.faults import sigkill
 from rlbook.plumbing.inference import Who
@@ -202,6 +203,18 @@ def test_a_learner_on_a_gpu_is_one_on_the_cpu(lstm_size):
     here = parameters_of_one(config, batch)
     there = parameters_of_one(replace(config, device="cuda"), batch)
     assert np.allclose(here, there, atol=1e-5)
+
+
+@on_gpu
+def test_unrolls_arrive_on_a_gpu_as_they_are():
+    batch = batch_of(CONFIG)
+    device = torch.device("cuda", 0)
+    whole, there = side_by_side(batch), side_by_side(batch, device)
+    for name in ("observation", "reward", "discount"):
+        column = getattr(there.env_outputs, name)
+        assert column.device == device
+        assert np.array_equal(column.cpu().numpy(), getattr(whole.env_outputs, name))
+    assert np.array_equal(there.valid, whole.valid), "on the host, where they are counted"
 
 
 @on_gpu
