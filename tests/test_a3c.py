@@ -327,7 +327,7 @@ def test_processes_lose_updates_without_locks_and_none_with_them(update, capfd, 
     assert result.learner_steps >= result.env_steps / 5  # some rows are no steps
     lost = result.extra
     assert (lost["updates_lost_max"] > 0) == (update == "hogwild")
-    assert 0 <= lost["updates_lost"] <= lost["updates_lost_max"] < 0.5
+    assert 0 <= lost["updates_lost"] <= lost["updates_lost_max"] * (1 + 1e-12) < 0.5
     assert np.nanmax(result.curves["updates_lost"]) < 0.5
     assert {"Worker 0", "Worker 1", "driver"} == {span.who for span in result.spans}
     assert {"rounds", "__init__", "wait", "state_dict"} >= {span.what for span in result.spans}
