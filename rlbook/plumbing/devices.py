@@ -17,6 +17,7 @@ is marked so.
 
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -112,10 +113,9 @@ def placed(config: Any, learners: int | None = None) -> dict[str, Any]:
     Raises:
         ValueError: the cluster has too few GPUs; Ray would wait for more without end.
     """
-    import ray
-
+    ray: Any = sys.modules.get("ray")  # without it no runtime of its own is open
     virtual = getattr(config, "runtime", "ray") == "virtual"
-    if config.device not in ("cuda", "auto") or virtual or not ray.is_initialized():
+    if config.device not in ("cuda", "auto") or virtual or not (ray and ray.is_initialized()):
         return {}
     gpus = int(ray.cluster_resources().get("GPU", 0))
     if learners is None:

@@ -1,6 +1,8 @@
 """Devices: what is refused, whose device is whose, Ray's options, copies, autocast, compilation."""
 
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -183,3 +185,12 @@ def test_parameters_come_from_the_gpu_as_they_were_when_they_set_out():
     copy.put(expected)
     assert np.array_equal(copy.take(), expected)
     assert dv.gpu_of(device) and dv.device_here(small(device="cuda")) == device
+
+
+def test_without_ray_nothing_is_asked_of_it() -> None:
+    """An import of Ray writes to stderr in a notebook, unless `RayRuntime` makes it."""
+    code = (
+        "import sys; from rlbook import impala; from rlbook.plumbing.devices import placed;"
+        "assert placed(impala.Config(device='auto')) == {}; assert 'ray' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
