@@ -298,9 +298,12 @@ class LearnerGroup:
         Meanwhile an error of any learner is raised here: the others would wait for it in vain, and
         those whose call never began (what it was to learn from is lost) have no way to tell them.
         """
+        if not self._meets:  # as they are: what is waited for again is not searched
+            ready, _ = self.runtime.wait(references, timeout=timeout)
+            return ready[0] if ready else None
         while True:
             others = [ref for all_ in self._answers.values() for ref in self._metrics(all_)[1:]]
-            watched = [ref for ref in others if ref not in self._seen] if self._meets else []
+            watched = [ref for ref in others if ref not in self._seen]
             ready, _ = self.runtime.wait([*references, *watched], timeout=timeout)
             if not ready:
                 return None
