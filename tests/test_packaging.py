@@ -40,7 +40,10 @@ def test_every_dependency_is_pinned_exactly() -> None:
 def test_pins_are_what_is_installed() -> None:
     from importlib.metadata import distributions
 
-    installed = {name_of(d.metadata["Name"]): d.version.split("+")[0] for d in distributions()}
+    # Setuptools, once imported, appends its own copies to sys.path: what is found first counts.
+    installed: dict[str, str] = {}
+    for d in distributions():
+        installed.setdefault(name_of(d.metadata["Name"]), d.version.split("+")[0])
     pins = pinned()
     drifted = {n: (v, pins[n]) for n, v in installed.items() if n in pins and v != pins[n]}
     assert drifted == {}
