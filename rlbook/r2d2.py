@@ -334,8 +334,8 @@ def make_replay(runtime: Runtime, config: Config) -> Replay:
 def example(config: Config) -> Sequence:
     """An item of the replay memory."""
     rows = config.burn_in_length + config.sequence_length + config.n_step
-    seen = make_game(config, 1, 0).env_output.observation[0]
-    return Sequence.blank(seen, rows, config.lstm_size)
+    envs = make_game(config, 1, 0)
+    return Sequence.blank(envs.env_output.observation[0], rows, config.lstm_size, envs.planes)
 
 
 def row_bytes(config: Config) -> int:

@@ -24,7 +24,7 @@ from rlbook.plumbing.faults import sigkill
 from rlbook.plumbing.memory_shard import Part
 from rlbook.plumbing.runtime import ActorDiedError, RayRuntime
 from rlbook.plumbing.virtual import VirtualRuntime
-from tests.counters import register
+from tests.counters import register, stacked_envs
 from tests.runs import assert_same_run, same_parameters
 
 QUICK = r2d2.Config(
@@ -621,6 +621,26 @@ def test_a_run_says_how_large_its_replay_memory_is_before_it_starts(capsys):
     assert f"10,000 sequences in replay: {size}" in capsys.readouterr().out
 
 
+FRAMES = replace(COUNTED, env_id="test/Frames-v0", replay_capacity=60)
+
+
+@pytest.mark.parametrize("changes", [{}, {"update_rule": "sync"}, {"lstm_size": 0}])
+def test_frames_that_are_told_once_change_nothing_but_the_bytes(monkeypatch, changes):
+    """Across ends and time limits of episodes, in a memory that is overwritten many times."""
+    register()
+    config = replace(FRAMES, **changes, total_env_steps=1_500, num_replays=2)
+    whole = train(config)
+    monkeypatch.setattr(r2d2, "make_envs", stacked_envs)
+    packed = train(config)
+    assert whole.learner_steps > 20 and whole.metrics["replay_size"] >= 60
+    assert same_parameters(packed, whole)
+    assert packed.metrics["loss"] == whole.metrics["loss"]
+    rows = config.burn_in_length + config.sequence_length + config.n_step
+    less = 24 * (4 * rows - (rows + 3))  # bytes of a sequence
+    assert whole.extra["replay_nbytes"] - packed.extra["replay_nbytes"] == less * 60
+    assert packed.extra["wire_bytes"] < whole.extra["wire_bytes"] - less * packed.learner_steps * 8
+
+
 def test_the_optimiser_is_what_the_settings_say():
     config = replace(MEMORY, optimizer_epsilon=3e-4, learning_rate=2e-3, max_gradient_norm=1e-3)
     items, _, learner = sequences_of(config)
@@ -679,11 +699,15 @@ def test_actions_that_are_not_counted_are_refused_in_one_line():
         replace(QUICK, state_init="zero", burn_in_length=0),
         replace(QUICK, lstm_size=0, env_id="CartPole-v1"),
         replace(QUICK, num_learners=2),
+        FRAMES,
     ],
-    ids=["sync", "async", "zero", "feedforward", "learners"],
+    ids=["sync", "async", "zero", "feedforward", "learners", "frames"],
 )
 def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch, config):
     """The power fails after a checkpoint; what is resumed ends as if it had not."""
+    register()
+    if config is FRAMES:
+        monkeypatch.setattr(r2d2, "make_envs", stacked_envs)
     config = replace(config, checkpoint_every_s=0.05)
     whole = train(replace(config, run_dir=str(tmp_path / "whole")))
     saved = []

@@ -179,6 +179,11 @@ class Envs:
         return finished
 
     @property
+    def planes(self) -> int:
+        """k, where an observation is a stack of k frames; else 1: it is all new."""
+        return self.observation_space.shape[0] if self.stacked else 1  # type: ignore[index]
+
+    @property
     def ended(self) -> np.ndarray:
         """`[B]` bool: whose episode ended with the last step."""
         return self._ended

@@ -19,7 +19,7 @@ from rlbook.maths.priorities import sequence_priority
 from rlbook.maths.rescaling import rescaled_n_step_returns
 from rlbook.parts.on_device import there
 from rlbook.parts.replay import Sample
-from rlbook.parts.sequences import Sequence, as_tensors, read_again
+from rlbook.parts.sequences import Sequence, as_tensors, read_again, unpacked
 
 
 def td_errors(q: Tensor, q_target: Tensor, batch: Sequence, config: Any) -> Tensor:
@@ -70,7 +70,7 @@ def sequence_loss(
     """
     device, stored = next(online.parameters()).device, config.state_init == "stored"
     given = as_tensors(sample.items)
-    batch = Sequence(*(there(column, device) for column in given))
+    batch = unpacked(Sequence(*(there(column, device) for column in given)), given.valid.numpy())
     read = batch._replace(valid=given.valid)  # where states begin is looked up on the host
     q = read_again(online, read, burn_in=config.burn_in_length, stored=stored)
     with torch.no_grad():

@@ -14,6 +14,10 @@ learnt from, its first ones too. Where it ends, what is missing is padding.
 
 The recurrent state that is stored is the one before row 0: (h, c), as the actor had it. How a
 network reads sequences again, with its burn-in, is here too.
+
+Where observations are stacks of k frames (`rlbook.parts.frames`) a sequence holds each frame once:
+the k − 1 older ones of row 0, then one a row. So it travels and lies in replay in about 1/k of the
+bytes; who learns from it makes stacks of them where it computes (`unpacked`).
 """
 
 from typing import Any, NamedTuple
@@ -23,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from rlbook.parts.envs import Envs
+from rlbook.parts.frames import restacked
 from rlbook.parts.on_device import widened
 from rlbook.parts.q_learning import epsilon_greedy
 from rlbook.parts.recurrent_q import QActor, q_values
@@ -35,7 +40,7 @@ class Sequence(NamedTuple):
     """
 
     observation: Any
-    """`[N, R, ...]`."""
+    """`[N, R, ...]`; of stacks of k frames each once, `[N, R+k-1, H, W]`."""
     action: Any
     """int64 `[N, R-1]`."""
     reward: Any
@@ -50,15 +55,19 @@ class Sequence(NamedTuple):
     """`[N, H]`: c likewise."""
 
     @classmethod
-    def blank(cls, observation: np.ndarray, rows: int, lstm_size: int) -> "Sequence":
+    def blank(
+        cls, observation: np.ndarray, rows: int, lstm_size: int, planes: int = 1
+    ) -> "Sequence":
         """One sequence `[R, ...]` of padding: the shapes and types that all have.
 
         Args:
             observation: one, of any values.
             rows: R.
             lstm_size: H.
+            planes: k, where it is a stack of frames.
         """
-        seen = np.zeros((rows, *observation.shape), observation.dtype)
+        shape = observation.shape[planes > 1 :]
+        seen = np.zeros((rows + planes - 1, *shape), observation.dtype)
         action, valid = np.zeros(rows - 1, np.int64), np.zeros(rows - 1, bool)
         zeros, state = np.zeros(rows - 1, np.float32), np.zeros(lstm_size, np.float32)
         return cls(seen, action, zeros, zeros, valid, state, state)
@@ -68,7 +77,7 @@ class Rows(NamedTuple):
     """What an actor saw, did and thought: arrays `[T, B, ...]`."""
 
     observation: Any
-    """x_t."""
+    """x_t; in a cutter that was told of planes, of each its newest."""
     action: Any
     reward: Any
     """For that action."""
@@ -98,10 +107,18 @@ class SequenceCutter:
         length: m, steps to learn from.
         overlap: steps that two neighbours share, less than m: they begin m − overlap apart.
         tail: n, rows after them.
+        planes: k, where observations are stacks of frames: of each only the newest is kept.
     """
 
     def __init__(
-        self, num_envs: int, *, burn_in: int, length: int, overlap: int, tail: int
+        self,
+        num_envs: int,
+        *,
+        burn_in: int,
+        length: int,
+        overlap: int,
+        tail: int,
+        planes: int = 1,
     ) -> None:
         if not 0 <= overlap < length or burn_in < 0 or tail < 1:
             raise ValueError(
@@ -109,6 +126,8 @@ class SequenceCutter:
                 f" {overlap}, length {length}, burn_in {burn_in}, tail {tail}"
             )
         self.burn_in, self.length, self.overlap, self.tail = burn_in, length, overlap, tail
+        self.older = planes - 1
+        """Frames from before its first row that a sequence has."""
         self.rows: Rows | None = None
         """What may be needed again."""
         self.begins = np.zeros(num_envs, np.int64)
@@ -122,12 +141,14 @@ class SequenceCutter:
         Returns:
             N sequences, and Q of their m + n last rows as the actor had it, `[m + n, N, A]`.
         """
+        if self.older:
+            rows = rows._replace(observation=rows.observation[:, :, -1])
         if self.rows is not None:
             pairs = zip(self.rows, rows, strict=True)
             rows = Rows(*(np.concatenate(pair) for pair in pairs))
         windows = [w for env in range(len(self.starts)) for w in self._windows(env, rows.valid)]
         found = self._gathered(rows, np.array(windows)) if windows else None
-        unneeded = max(0, int(self.starts.min()) - self.burn_in)
+        unneeded = max(0, int(self.starts.min()) - self.burn_in - self.older)
         self.rows = Rows(*(column[unneeded:].copy() for column in rows))
         self.starts -= unneeded
         self.begins -= unneeded
@@ -159,12 +180,14 @@ class SequenceCutter:
     def _gathered(self, rows: Rows, windows: np.ndarray) -> tuple[Sequence, np.ndarray]:
         env, begin, start, last = (column[:, None] for column in windows.T)
         size = self.burn_in + self.length + self.tail
-        index = start - self.burn_in + np.arange(size)
+        index = start - self.burn_in + np.arange(-self.older, size)
         there = (index >= begin) & (index <= last)
         index = np.clip(index, 0, len(rows.valid) - 1)
+        seen = _masked(rows.observation[index, env], there)
+        index, there = index[:, self.older :], there[:, self.older :]
         steps, valid = index[:, :-1], there[:, :-1] & rows.valid[index[:, :-1], env]
         sequence = Sequence(
-            _masked(rows.observation[index, env], there),
+            seen,
             _masked(rows.action[steps, env], valid),
             _masked(rows.reward[steps, env], valid),
             _masked(rows.discount[steps, env], valid),
@@ -202,6 +225,21 @@ def as_tensors(sequences: Sequence) -> Sequence:
     # Arrays from another process are read-only, which PyTorch does not know.
     tensors = [torch.from_numpy(np.require(column, None, "W")) for column in sequences]
     return Sequence(*(column.transpose(0, 1) for column in tensors[:5]), *tensors[5:])
+
+
+def unpacked(batch: Sequence, valid: np.ndarray) -> Sequence:
+    """A batch with whole observations `[R, N, ...]`, where it has frames, each told once.
+
+    Args:
+        batch: as tensors, time first, anywhere.
+        valid: that of the batch, `[R-1, N]`, on the host.
+    """
+    if len(batch.observation) == len(valid) + 1:
+        return batch
+    padding = np.ones((len(valid) + 1, *valid.shape[1:]), bool)
+    padding[:-1] &= ~valid
+    padding[1:] &= ~valid  # an episode's last row, from which no step begins
+    return batch._replace(observation=restacked(batch.observation, padding))
 
 
 def first_rows(valid: Tensor) -> Tensor:
@@ -254,7 +292,7 @@ class SequencePlayer:
         **shape: int,
     ) -> None:
         self.envs, self.epsilon = envs, epsilon
-        self.cutter = SequenceCutter(envs.num_envs, **shape)
+        self.cutter = SequenceCutter(envs.num_envs, **shape, planes=envs.planes)
         self.memory = QActor(network, envs.num_envs)
         self.rng = np.random.default_rng([seed, 1])
 

@@ -4,8 +4,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from rlbook.parts.sequences import Rows, Sequence, SequenceCutter
+from rlbook.parts.sequences import Rows, Sequence, SequenceCutter, as_tensors, unpacked
 
 SHAPES = [
     {"burn_in": 2, "length": 4, "overlap": 2, "tail": 2},
@@ -169,3 +172,68 @@ def test_saved_and_restored_it_goes_on():
 def test_shapes_that_make_no_sense_are_refused(wrong):
     with pytest.raises(ValueError, match="sequences need"):
         SequenceCutter(1, **{**SHAPES[0], **wrong})
+
+
+# -- stacks of frames ------------------------------------------------------------------------------
+
+
+def frames_stream(steps: list[int], planes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Stacks [T, k, 1, 2] of episodes of so many steps, and which rows begin a step."""
+    rng, rows, valid = np.random.default_rng(seed), [], []
+    for count in steps:
+        stack = np.zeros((planes, 1, 2), np.uint8)
+        for t in range(count + 1):
+            stack = np.concatenate([stack[1:], rng.integers(1, 256, (1, 1, 2), np.uint8)])
+            rows.append(stack)
+            valid.append(t < count)
+    return np.stack(rows), np.array(valid)
+
+
+def as_stacks(streams: list[tuple[np.ndarray, np.ndarray]], length: int) -> Rows:
+    observation = np.stack([one[0][:length] for one in streams], 1)
+    valid = np.stack([one[1][:length] for one in streams], 1)
+    number = np.arange(length * len(streams)).reshape(length, -1)
+    wide = number[..., None].astype(np.float32)
+    one = np.ones_like(number, np.float32)
+    return Rows(observation, number, number + one, one, valid, wide, wide + 1, wide + 2)
+
+
+@given(
+    steps=st.lists(st.lists(st.integers(1, 14), min_size=4, max_size=9), min_size=1, max_size=3),
+    planes=st.integers(2, 5),
+    shape=st.sampled_from(SHAPES),
+    chunk=st.integers(1, 30),
+)
+def test_sequences_that_hold_each_frame_once_hold_the_same(steps, planes, shape, chunk):
+    streams = [frames_stream(one, planes, seed) for seed, one in enumerate(steps)]
+    length = min(len(one[1]) for one in streams)
+    rows = as_stacks(streams, length)
+    cutters = [SequenceCutter(len(steps), **shape, planes=k) for k in (1, planes)]
+    size = shape["burn_in"] + shape["length"] + shape["tail"]
+    for at in range(0, length, chunk):
+        part = Rows(*(column[at : at + chunk] for column in rows))
+        whole, small = (cutter.push(part) for cutter in cutters)
+        assert (whole is None) == (small is None)
+        if at > 20:  # what is held goes through a checkpoint
+            fresh = SequenceCutter(len(steps), **shape, planes=planes)
+            fresh.load_state_dict(cutters[1].state_dict())
+            cutters[1] = fresh
+        if whole is None or small is None:
+            continue
+        for name, one, other in zip(Sequence._fields, whole[0], small[0], strict=True):
+            assert name == "observation" or np.array_equal(one, other)
+        assert np.array_equal(whole[1], small[1])
+        assert small[0].observation.shape[1:] == (size + planes - 1, 1, 2)
+        again = unpacked(as_tensors(small[0]), small[0].valid.T)
+        assert torch.equal(again.observation, as_tensors(whole[0]).observation)
+        assert again.observation.dtype == torch.uint8
+        same = unpacked(as_tensors(whole[0]), whole[0].valid.T)
+        assert torch.equal(same.observation, again.observation), "whole ones stay"
+
+
+def test_a_cutter_of_frames_keeps_one_frame_a_row():
+    rows = as_stacks([frames_stream([9] * 20, 4, 0)], 200)
+    cutter = SequenceCutter(1, **SHAPES[0], planes=4)
+    cutter.push(rows)
+    assert cutter.rows is not None and cutter.rows.observation.shape[1:] == (1, 1, 2)
+    assert len(cutter.rows.valid) < 20
