@@ -149,18 +149,6 @@ class Peer:
         """Ended in a group's unroll so far."""
 
 
-class Seen(NamedTuple):
-    """A row that was answered or waits, and is not in the books."""
-
-    peer: Peer
-    group: int
-    episodes: list[Episode]
-    begun: float
-    """The step to it. Seconds."""
-    ended: float
-    slot: Slot
-
-
 class Central:
     """The service of one server.
 
@@ -194,9 +182,12 @@ class Central:
         self.finished: queue.SimpleQueue[Finished] = finished or queue.SimpleQueue()
         self.batches = Batches()
         self.timeline = Timeline()
-        self._seen: list[Seen] = []
+        self._unkept: list[tuple[Peer, int, Slot]] = []
+        """Groups with a row that no unroll has yet."""
+        self._stepped: list[tuple[int, float, float]] = []
+        """Lane of a step, its beginning and its end, and as many rows of each forward pass: not
+        in the timeline yet."""
         self._acted: list[tuple[int, float, float]] = []
-        """Rows of a forward pass, its beginning and its end."""
         self._held: dict[int, Request] = {}
         self._untaken: Counter[int] = Counter()
         self._newest: Vector | None = None
@@ -229,9 +220,12 @@ class Central:
 
     def rows(
         self, peer: Peer, group: int, row: EnvOutput, episodes: list[Episode], env_s: float = 0.0
-    ) -> None:
+    ) -> float | None:
         """Takes in a row that took so long to make; acts if there is a batch now. To be settled
         when the answers are on their way. `Refused` if it was not this one's turn.
+
+        Returns:
+            seconds until there will be another batch, as `serve` says.
         """
         said = peer.said
         if self.peers.get(said.worker) is not peer:
@@ -243,25 +237,20 @@ class Central:
         slot = self.inference.observe_first(who, row)
         if slot.ends:
             self._untaken[who.place] += 1
-        self._seen.append(Seen(peer, group, episodes, now - env_s, now, slot))
+        self._unkept.append((peer, group, slot))
+        self._stepped.append((peer.lane, now - env_s, now))
+        if episodes:
+            peer.episodes.setdefault(group, []).extend(episodes)
         self._queue(Request(who, said.copies, now, (peer, group)))
-        self.serve(now)
+        return self.serve(now)
 
     def settle(self) -> None:
-        """Keeps the books of all that was answered: unrolls, episodes, the timeline."""
-        seen, self._seen = self._seen, []
-        for peer, group, episodes, begun, ended, slot in seen:
-            if begun < ended:
-                self.timeline.add(peer.lane, self._step, begun, ended)
-            peer.episodes.setdefault(group, []).extend(episodes)
+        """Has all rows kept that came, whose answers are on their way; reports what is finished."""
+        unkept, self._unkept = self._unkept, []
+        for peer, group, slot in unkept:
             if (unroll := slot.keep()) is not None:
-                self._finish(slot.place, unroll, peer.episodes.pop(group))
-        acted, self._acted = self._acted, []
-        for rows, begun, ended in acted:
-            self.batches.add(rows)
-            self.timeline.add(*self._lane, begun, ended)
-        if len(self.timeline) > 10 * KEPT:
-            self.timeline.forget(5 * KEPT)
+                self._note()
+                self._finish(slot.place, unroll, peer.episodes.pop(group, []))
 
     def serve(self, now: float) -> float | None:
         """Acts for all batches that are due; seconds until the next will be, if time decides."""
@@ -281,6 +270,7 @@ class Central:
     def leave(self, peer: Peer) -> None:
         """A worker's stream has ended: its slots are free, unless it rests."""
         self.settle()
+        self._note()
         said = peer.said
         if self.peers.get(said.worker) is not peer:
             return
@@ -314,6 +304,19 @@ class Central:
         peer, group = request.carried
         peer.owed.discard(group)
         peer.reply(group, action)
+
+    def _note(self) -> None:
+        """What was done since the last time goes to the timeline: once an unroll is soon enough."""
+        for lane, begun, ended in self._stepped:
+            if begun < ended:
+                self.timeline.add(lane, self._step, begun, ended)
+        for rows, begun, ended in self._acted:
+            self.batches.add(rows)
+            self.timeline.add(*self._lane, begun, ended)
+        self._stepped.clear()
+        self._acted.clear()
+        if len(self.timeline) > 10 * KEPT:
+            self.timeline.forget(5 * KEPT)
 
     def _finish(self, place: int, unroll: Unroll, episodes: list[Episode]) -> None:
         report = report_of(unroll, episodes, self.row_bytes)

@@ -17,7 +17,7 @@ import ipaddress
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,7 +137,9 @@ class Line:
         self.inline = False
         """Its own handler is at work and sends what is in the outbox."""
         self.peer: Any = None
-        self._writing = asyncio.Lock()
+        self._writing = False
+        self._beside: asyncio.Task[None] | None = None
+        """Sends what others than the handler had sent."""
 
     def reply(self, group: int, action: np.ndarray | None) -> None:
         """Sends a group its actions, or to rest."""
@@ -150,17 +152,21 @@ class Line:
         """Has a message sent."""
         self.heard = time.monotonic()
         self.outbox.append(message)
-        if not self.inline:
-            _spawn(self.flush())
+        if not self.inline and (self._beside is None or self._beside.done()):
+            self._beside = asyncio.get_running_loop().create_task(self.flush())
 
     async def flush(self) -> None:
-        """Sends what is in the outbox, in order."""
-        async with self._writing:
-            try:
-                while self.outbox:
-                    await self.context.write(self.outbox.popleft())
-            except (grpc.RpcError, RuntimeError):
-                self.outbox.clear()  # it is gone, as its own handler finds
+        """Sends what is in the outbox, in order, unless somebody is at it: he sends all."""
+        if self._writing:
+            return
+        self._writing = True
+        try:
+            while self.outbox:
+                await self.context.write(self.outbox.popleft())
+        except (grpc.RpcError, RuntimeError):
+            self.outbox.clear()  # it is gone, as its own handler finds
+        finally:
+            self._writing = False
 
     async def quieten(self) -> None:
         """Sends nothing any more; what is being sent is sent. Before a status, which is the last
@@ -168,17 +174,8 @@ class Line:
         """
         self.inline = True
         self.outbox.clear()
-        await self._writing.acquire()
-
-
-_tasks: set[Any] = set()
-
-
-def _spawn(work: Coroutine[Any, Any, None]) -> None:
-    """Runs beside what runs now (the loop itself would forget it)."""
-    task = asyncio.get_running_loop().create_task(work)
-    _tasks.add(task)
-    task.add_done_callback(_tasks.discard)
+        if self._beside is not None:
+            await asyncio.wait([self._beside])
 
 
 class StreamServer:
@@ -227,7 +224,7 @@ class StreamServer:
 
         def then() -> None:
             call()
-            self._set_timer()
+            self._serve_due()
 
         self._loop.call_soon_threadsafe(then)
 
@@ -294,7 +291,7 @@ class StreamServer:
             self.lines.discard(line)
             if line.peer is not None:
                 self.central.leave(line.peer)
-                self._set_timer()
+                self._serve_due()
         await line.quieten()
         if status != "OK":
             await context.abort(grpc.StatusCode[status], reason)
@@ -318,22 +315,25 @@ class StreamServer:
             episodes = transport.episodes_of(told, schema.copies)
             line.inline = True
             try:
-                central.rows(peer, told.group, row, episodes, transport.env_s_of(told))
+                env_s = transport.env_s_of(told)
+                self._wake_in(central.rows(peer, told.group, row, episodes, env_s))
             finally:
                 line.inline = False
             if line.outbox:
                 await line.flush()
             central.settle()
-            self._set_timer()
 
-    def _set_timer(self) -> None:
-        """Looks again when the oldest request has waited long enough."""
-        due_in = self.central.serve(time.monotonic())
+    def _serve_due(self) -> None:
+        """Acts for all who have waited long enough, or are enough."""
+        self._wake_in(self.central.serve(time.monotonic()))
+
+    def _wake_in(self, seconds: float | None) -> None:
+        """Looks again then: the oldest request will have waited long enough."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if due_in is not None:
-            self._timer = self._loop.call_later(due_in, self._set_timer)
+        if seconds is not None:
+            self._timer = self._loop.call_later(seconds, self._serve_due)
 
     async def _watch(self) -> None:
         """Comforts those who wait for us, and gives up those who let us wait."""

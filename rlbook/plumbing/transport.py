@@ -125,9 +125,8 @@ class Schema:
 
     def encode(self, row: EnvOutput) -> bytes:
         """The bytes of a row."""
-        arrays = (row.reward, row.discount, row.observation, row.first)
-        wanted = zip(arrays, self._dtypes, strict=True)
-        parts: list[Any] = [np.ascontiguousarray(array, dtype) for array, dtype in wanted]
+        arrays = row.reward, row.discount, row.observation, row.first
+        parts: Any = map(np.ascontiguousarray, arrays, self._dtypes)
         return b"".join(parts)
 
     def decode(self, data: bytes) -> EnvOutput:
@@ -138,7 +137,8 @@ class Schema:
         """
         if len(data) != self.nbytes:
             invalid(f"rows: must be {self.nbytes} bytes, got {len(data)}")
-        row = EnvOutput(*[np.ndarray(*place[:2], data, place[2]) for place in self._places])
+        places = self._places
+        row = EnvOutput(*[np.ndarray(shape, kind, data, start) for shape, kind, start in places])
         # Python's own: for some copies quicker than arrays.
         if data[-self.copies :].translate(None, b"\0\1"):  # first lies at the end
             invalid("rows: first must be bytes of 0 or 1")
@@ -256,9 +256,10 @@ def rows(
 ) -> pb.FromWorker:
     """One row of one group, and the seconds that the step to it took."""
     message = pb.FromWorker()
-    message.rows.group, message.rows.data, message.rows.env_s = group, data, env_s
+    told = message.rows
+    told.group, told.data, told.env_s = group, data, env_s
     for env, episode_return, length in episodes:
-        message.rows.episodes.add(env=env, episode_return=episode_return, length=length)
+        told.episodes.add(env=env, episode_return=episode_return, length=length)
     return message
 
 
@@ -290,7 +291,8 @@ def env_s_of(message: pb.Rows) -> float:
 def actions(group: int, action: np.ndarray) -> bytes:
     """The message that answers a row."""
     message = pb.ToWorker()
-    message.actions.group, message.actions.data = group, action.astype(ACTION).tobytes()
+    told = message.actions
+    told.group, told.data = group, action.astype(ACTION).tobytes()
     return message.SerializeToString()
 
 
