@@ -1,16 +1,27 @@
 """The tools that decide what is stale and that execute chapters."""
 
+import base64
+import io
 import textwrap
 import time
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import psutil
 import pytest
 from nbformat import NotebookNode
+from PIL import Image
 
 from tools import book
-from tools.execute import ChapterError, execute, merge_streams, normalise, take_outputs
+from tools.execute import (
+    ChapterError,
+    execute,
+    merge_streams,
+    normalise,
+    smaller,
+    take_outputs,
+)
 from tools.keys import chapter_key, imported_modules, is_fresh, module_hash, record_hash
 from tools.pages import api_page, status_page
 from tools.pins import pins
@@ -148,6 +159,24 @@ def test_normalise_strips_the_machine_and_keeps_what_matters() -> None:
     assert cell.metadata == {"tags": ["a"]}
     assert [output.text for output in cell.outputs] == ["1\n2\n"]
     nbformat.validate(made)
+
+
+def test_stored_figures_are_smaller_and_look_the_same() -> None:
+    from matplotlib.figure import Figure
+
+    figure, drawn = Figure(figsize=(4, 3)), io.BytesIO()
+    ax = figure.add_subplot()
+    ax.plot([1, 3, 2], linewidth=3)
+    ax.fill_between([0, 1, 2], [0, 1, 1], [2, 3, 4], alpha=0.3)
+    figure.savefig(drawn, format="png")
+    png = base64.b64encode(drawn.getvalue()).decode()
+    made = smaller(png)
+    assert len(made) < 0.6 * len(png) and smaller(made) == made
+    before, after = (
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(one))).convert("RGB"), float)
+        for one in (png, made)
+    )
+    assert before.shape == after.shape and np.abs(before - after).mean() < 0.5
 
 
 def test_streams_of_different_names_are_not_joined() -> None:

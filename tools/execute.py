@@ -6,6 +6,8 @@ time that a chapter is executed, so that no stored output can break them.
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import re
 import time
@@ -16,6 +18,7 @@ import nbclient
 import nbformat
 import psutil
 from nbclient.exceptions import CellExecutionError
+from PIL import Image
 
 # What keeps a kernel from writing lines that no cell of ours asked for.
 QUIET = {
@@ -114,6 +117,9 @@ def normalise(notebook: nbformat.NotebookNode) -> None:
         seen.add(cell.id)
         if cell.cell_type == "code":
             cell.outputs = merge_streams(cell.outputs)
+            for output in cell.outputs:
+                if "image/png" in output.get("data", {}):
+                    output.data["image/png"] = smaller(output.data["image/png"])
 
 
 def merge_streams(outputs: list[Any]) -> list[Any]:
@@ -126,6 +132,19 @@ def merge_streams(outputs: list[Any]) -> list[Any]:
         else:
             merged.append(output)
     return merged
+
+
+def smaller(png: str) -> str:
+    """A figure (base64) with the 256 colours that tell it best: to the eye the same, in a third of
+    the bytes. One that has a palette already stays as it is.
+    """
+    figure = Image.open(io.BytesIO(base64.b64decode(png)))
+    if figure.mode == "P":
+        return png
+    drawn = figure.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    buffer = io.BytesIO()
+    drawn.save(buffer, "png", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def take_outputs(target: nbformat.NotebookNode, source: nbformat.NotebookNode) -> None:

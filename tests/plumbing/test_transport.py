@@ -331,6 +331,21 @@ def test_groups_of_a_worker_take_turns(tmp_path):
     assert places == {0, 1}
 
 
+def test_the_timeline_has_the_steps_of_an_unroll_that_was_never_finished():
+    made, answers = central(num_workers=1, groups=1), []
+    peer = made.join(
+        transport.Introduction(0, 0, 1, 3), lambda group, action: answers.append(action)
+    )
+    for _ in range(3):  # an unroll has four steps
+        made.rows(peer, 0, row(), [], 0.25)
+        made.settle()
+    made.leave(peer)
+    spans = [(span.who, span.what) for span in made.timeline]
+    assert len(answers) == 3 and made.finished.empty()
+    assert spans.count(("EnvWorker 0", "step")) == spans.count(("Inference 0", "act")) == 3
+    assert made.batches.passes == 3
+
+
 def test_episodes_come_with_the_unroll_in_which_they_ended(tmp_path):
     with serving(tmp_path) as server:
         player = Player(server)
