@@ -42,6 +42,7 @@ from rlbook.harness.run import Result, Run
 from rlbook.maths.exploration import epsilon_ladder
 from rlbook.parts.envs import Envs, make_envs, require_discrete
 from rlbook.parts.flat import Flat
+from rlbook.parts.frame_ring import frames_each, stored_bytes
 from rlbook.parts.meter import Meter
 from rlbook.parts.n_step import Trail
 from rlbook.parts.networks import GreedyPolicy, LivePolicy, QNetwork, action_values
@@ -51,23 +52,11 @@ from rlbook.parts.q_learning import epsilon_greedy, td_gradient
 from rlbook.parts.replay import weighed
 from rlbook.plumbing.cluster import own_runtime
 from rlbook.plumbing.learner_group import Vector
-from rlbook.plumbing.memory_shard import (
-    Made,
-    Memory,
-    MemorySettings,
-    MemoryShard,
-    Part,
-    handed_on,
-)
+from rlbook.plumbing.memory_shard import Made, Memory, MemorySettings, MemoryShard, Part, handed_on
 from rlbook.plumbing.param_server import Alive
 from rlbook.plumbing.replay_books import Report, book
 from rlbook.plumbing.replay_flow import ReplayFlow, Turn, remote_flow
-from rlbook.plumbing.replay_learner import (
-    Found,
-    LearnerFields,
-    ReplayLearner,
-    on_its_device,
-)
+from rlbook.plumbing.replay_learner import Found, LearnerFields, ReplayLearner, on_its_device
 from rlbook.plumbing.replay_place import opened
 from rlbook.plumbing.replay_server import Replay
 from rlbook.plumbing.runtime import Runtime
@@ -247,7 +236,8 @@ class Actor(Alive):
         self.envs = make_envs(config.env_id, config.num_envs, seed)
         self.flat = Flat(network := make_network(config, self.envs))
         self.forward = numpy_action_values(network) or (lambda seen: action_values(network, seen))
-        self.trail = Trail(config.n_step, config.discount)
+        packs = self.envs.planes > 1 and memory is None
+        self.trail = Trail(config.n_step, config.discount, packs)
         base, alpha, copies = config.epsilon_base, config.epsilon_alpha, config.all_envs
         ladder = epsilon_ladder(copies, base=base, alpha=alpha)
         self.epsilon = ladder[index :: config.num_actors]  # every actor has all kinds
@@ -346,7 +336,7 @@ def make_flow(
     """Actors and learner on a runtime, and the flow between them and the replay memory."""
     rows = config.unroll_length * config.num_envs
     sizes: dict[str, Any] = {"report": Report(rows, rows, 0, [], {}), "chunk_rows": rows}
-    sizes |= {"made_bytes": rows * item_bytes(config)}
+    sizes |= {"made_bytes": rows * kept_bytes(config)}
     sizes |= {"forwards": config.unroll_length + config.prioritized}
     return remote_flow(runtime, Actor, Learner, replay, config, parameters, **sizes)
 
@@ -356,9 +346,9 @@ def open_replay(
 ) -> AbstractContextManager[Replay]:
     """The replay memory; ValueError if what it may hold can never fit into this machine's."""
     if memory is None:
-        rows, size = config.replay_capacity, item_bytes(config)
+        rows, size = config.replay_capacity, kept_bytes(config)
         require_memory("replay_capacity", rows, size, f"of {config.env_id}")
-    return opened(runtime, config, config.memory_settings, example(config), memory)
+    return opened(runtime, config, settings_of(config), example(config), memory)
 
 
 def example(config: Config) -> Transition:
@@ -368,14 +358,26 @@ def example(config: Config) -> Transition:
 
 
 def item_bytes(config: Config) -> int:
-    """Of a transition, with priority."""
+    """Of a transition that is drawn, with priority."""
     return tree_nbytes(example(config)) + 8
+
+
+def kept_bytes(config: Config) -> int:
+    """Of a transition as an actor sends it and the memory keeps it, with priority."""
+    return stored_bytes(example(config), settings_of(config).frames) + 8
+
+
+def settings_of(config: Config) -> MemorySettings:
+    """Of all shards together; of stacks of frames they keep each frame once, Redis whole stacks."""
+    planes = make_envs(config.env_id, 1, 0).planes if config.replay == "shards" else 1
+    each = frames_each(planes, config.unroll_length, config.n_step)
+    return config.memory_settings._replace(example=example(config), frames=each)
 
 
 def units_of_work(config: Config) -> dict[str, Callable[[], object]]:
     """What `Cluster.measure` times, so that a virtual cluster is made of this computer's parts."""
     actor, learner, actions = Actor(config, 0), Learner(config), np.zeros(config.num_envs, int)
-    shard = MemoryShard(config.memory_settings, config.seed)
+    shard = MemoryShard(settings_of(config), config.seed)
     q, step = actor.values(), actor.envs.transition(actions)
     steps, rows = config.unroll_length + config.n_step - 1, config.batch_size
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlbook import apex, dqn
-from rlbook.data import Transition
+from rlbook.data import Transition, tree_nbytes
 from rlbook.harness.log import METRICS
 from rlbook.harness.result import Result
 from rlbook.harness.run import Run
@@ -24,6 +24,7 @@ from rlbook.plumbing.rate_limiter import RateLimiter
 from rlbook.plumbing.replay_learner import Found
 from rlbook.plumbing.runtime import RayRuntime
 from rlbook.plumbing.virtual import VirtualRuntime
+from tests.counters import register, stacked_envs
 from tests.runs import assert_same_run, same_parameters
 
 SHARED = {
@@ -394,6 +395,59 @@ def test_bytes_are_those_of_draws_chunks_and_parameters():
     assert result.extra["replay_nbytes"] == QUICK.replay_capacity * row
 
 
+FRAMES = replace(QUICK, env_id="test/Frames-v0", replay_capacity=150)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"update_rule": "sync"}, {"prioritized": False, "n_step": 6}, {"num_learners": 2}],
+    ids=["async", "sync", "uniform", "learners"],
+)
+def test_frames_that_are_told_once_change_nothing_but_the_bytes(monkeypatch, changes):
+    """Across ends and time limits of episodes, in a memory that is overwritten many times."""
+    register()
+    config = replace(FRAMES, **changes)
+    whole = train(config)
+    monkeypatch.setattr(apex, "make_envs", stacked_envs)
+    packed = train(config)
+    assert whole.learner_steps > 50 and whole.metrics["replay_size"] >= 150
+    assert same_parameters(packed, whole)
+    assert packed.metrics["loss"] == whole.metrics["loss"]
+    less = apex.item_bytes(config) - apex.kept_bytes(config)
+    assert less > 2 * 96 - 2.8 * 24 - 20, "stacks are 96 bytes, frames 24"
+    assert whole.extra["replay_nbytes"] - packed.extra["replay_nbytes"] == less * 150
+    # Episodes are so short that a third of the frames is not needed by any transition.
+    assert packed.extra["wire_bytes"] < whole.extra["wire_bytes"] - 0.5 * less * packed.env_steps
+
+
+def test_frames_are_told_once_only_in_shards_and_only_of_stacks(monkeypatch):
+    register()
+    weights = apex.Learner(FRAMES).newest()
+    whole = apex.Actor(FRAMES, 0).play(weights)[1].items
+    assert isinstance(whole, Transition)
+    assert (
+        apex.kept_bytes(FRAMES) == apex.item_bytes(FRAMES) and not apex.settings_of(FRAMES).frames
+    )
+    monkeypatch.setattr(apex, "make_envs", stacked_envs)
+    report, made = apex.Actor(FRAMES, 0).play(weights)
+    assert made.items._fields[0] == "frames" and report.items == len(made.items.r_t)
+    assert report.wire_bytes == weights.values.nbytes + tree_nbytes(made)
+    assert apex.settings_of(FRAMES).frames == (5 + 3 - 1 + 4) / 5
+    added = []
+
+    class Client:
+        def add(self, items, priorities):
+            added.append(items)
+
+    assert apex.Actor(FRAMES, 0, memory=Client()).play(weights)[1] is None
+    assert all(np.array_equal(one, same) for one, same in zip(added[0], whole, strict=True))
+    redis = replace(FRAMES, replay="redis")
+    assert apex.kept_bytes(redis) == apex.item_bytes(redis) and not apex.settings_of(redis).frames
+    units = apex.units_of_work(FRAMES)
+    for work in units.values():
+        work()
+
+
 def test_the_ratio_is_known_in_every_row():
     """Also where no update came between two rows, or none at all."""
     result = train(replace(QUICK, total_env_steps=40))
@@ -554,9 +608,16 @@ class StoppedError(Exception):
     """The power fails."""
 
 
-@pytest.mark.parametrize(("rule", "learners"), [("async", 1), ("sync", 1), ("async", 2)])
-def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch, rule, learners):
-    config = replace(QUICK, update_rule=rule, checkpoint_every_s=0.03, total_env_steps=1_500)
+@pytest.mark.parametrize(
+    ("base", "rule", "learners"),
+    [(QUICK, "async", 1), (QUICK, "sync", 1), (QUICK, "async", 2), (FRAMES, "async", 1)],
+    ids=["async", "sync", "learners", "frames"],
+)
+def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch, base, rule, learners):
+    register()
+    if base is FRAMES:
+        monkeypatch.setattr(apex, "make_envs", stacked_envs)
+    config = replace(base, update_rule=rule, checkpoint_every_s=0.03, total_env_steps=1_500)
     config = replace(config, num_learners=learners)
     config = replace(config, broadcast_period=5)  # weights leave at odd draws
     whole = train(replace(config, run_dir=str(tmp_path / "whole")))
@@ -572,12 +633,12 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch, rule, learn
         if len(saved) == 2 and run.env_steps > saved[-1] + 60:
             raise StoppedError
 
-    monkeypatch.setattr(Run, "checkpoint", failing)
-    monkeypatch.setattr(Run, "record", until)
-    with pytest.raises(StoppedError):
-        train(replace(config, run_dir=str(tmp_path / "cut")))
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "checkpoint", failing)
+        patch.setattr(Run, "record", until)
+        with pytest.raises(StoppedError):
+            train(replace(config, run_dir=str(tmp_path / "cut")))
     assert saved[-1] < config.total_env_steps - 100
-    monkeypatch.undo()
     resumed = train(replace(config, resume=str(tmp_path / "cut")))
     assert_same_run(whole, resumed)
     assert np.isclose(whole.wall_time_s, resumed.wall_time_s, rtol=1e-4, atol=0)

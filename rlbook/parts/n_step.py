@@ -16,7 +16,12 @@ import numpy as np
 
 from rlbook.data import Transition
 from rlbook.parts.envs import Step
+from rlbook.parts.frame_ring import FramedTransitions, framed
 
+Place = tuple[np.ndarray, np.ndarray]
+"""(row, copy) of N observations."""
+Columns = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""a_tm1, r_t and discount_t of N transitions."""
 COLUMNS = ("a_tm1", "r_t", "discount_t", "ended", "valid")
 
 
@@ -26,10 +31,11 @@ class Trail:
     Args:
         n_step: n.
         discount: γ.
+        frames: observations are stacks of frames, and transitions tell each frame once.
     """
 
-    def __init__(self, n_step: int, discount: float) -> None:
-        self.n_step, self.discount = n_step, np.float32(discount)
+    def __init__(self, n_step: int, discount: float, frames: bool = False) -> None:
+        self.n_step, self.discount, self.frames = n_step, np.float32(discount), frames
         self.steps: list[Step] = []
         self.q: list[np.ndarray] = []
 
@@ -38,7 +44,9 @@ class Trail:
         self.steps.append(step)
         self.q.append(q)
 
-    def fold(self, q_end: np.ndarray | None = None) -> tuple[Transition, np.ndarray | None] | None:
+    def fold(
+        self, q_end: np.ndarray | None = None
+    ) -> tuple[Transition | FramedTransitions, np.ndarray | None] | None:
         """All transitions that are complete, in the order of time, and forgets their first steps.
 
         A transition that meets the end of an episode stops there, with the discount of the steps
@@ -57,7 +65,6 @@ class Trail:
         action, reward, discount, ended, valid = (
             np.stack([getattr(step, name) for step in self.steps]) for name in COLUMNS
         )
-        seen = np.stack([*(step.obs_tm1 for step in self.steps), self.steps[-1].obs_t])
         r_t, d_t = reward[:starts].copy(), self.discount * discount[:starts]
         ahead = np.ones(r_t.shape, np.int64)
         alive = valid[:starts] & ~ended[:starts]
@@ -67,19 +74,29 @@ class Trail:
             d_t = np.where(alive, d_t * self.discount * discount[rows], d_t)
             ahead += alive
             alive &= ~ended[rows]
-        valid = valid[:starts]
+        steps, valid = valid, valid[:starts]
         first, copy = np.nonzero(valid)
         last = first + ahead[valid]
-        columns = Transition(
-            seen[first, copy], action[:starts][valid], r_t[valid], d_t[valid], seen[last, copy]
-        )
+        columns = action[:starts][valid], r_t[valid], d_t[valid]
+        transitions = self._shown(steps, (first, copy), (last, copy), columns)
         priorities = None
         if q_end is not None:
             q = np.stack([*self.q, q_end])
-            after, before = self.best(q)[last, copy], self.taken(q[first, copy], columns.a_tm1)
-            priorities = np.abs(columns.r_t + columns.discount_t * after - before)
+            after, before = self.best(q)[last, copy], self.taken(q[first, copy], columns[0])
+            priorities = np.abs(columns[1] + columns[2] * after - before)
         del self.steps[:starts], self.q[:starts]
-        return columns, priorities
+        return transitions, priorities
+
+    def _shown(
+        self, valid: np.ndarray, before: Place, after: Place, columns: Columns
+    ) -> Transition | FramedTransitions:
+        """Transitions with what they show; `valid` `[steps, B]`, of all."""
+        rows = [*(step.obs_tm1 for step in self.steps), self.steps[-1].obs_t]
+        if self.frames:
+            begins = np.concatenate([np.zeros_like(valid[:1]), ~valid])
+            return framed(rows, begins, before, after, columns)
+        seen = np.stack(rows)
+        return Transition(seen[before], *columns, seen[after])
 
     def best(self, q: np.ndarray) -> np.ndarray:
         """What the policy that is learnt would get, `[...]`, of q `[..., A]`."""

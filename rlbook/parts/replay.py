@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rlbook.maths.priorities import importance_weights, powered_priorities
+from rlbook.parts.frame_ring import FrameRing
 from rlbook.parts.ring import ItemsT, Ring, count, entry
 from rlbook.parts.sum_tree import Floats, Ints, SumTree, checked_priorities
 
@@ -61,18 +62,27 @@ def weighed(
 class UniformReplay(Generic[ItemsT]):
     """Items drawn alike, with replacement (DQN, Mnih et al. 2015)."""
 
-    def __init__(self, capacity: int, seed: int = 0, *, example: ItemsT | None = None) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        seed: int = 0,
+        *,
+        example: ItemsT | None = None,
+        frames: float = 0.0,
+    ) -> None:
         """Empty replay for `capacity` items.
 
         Args:
             capacity: items held; beyond it the oldest are overwritten.
             seed: of the draws.
             example: one item (NamedTuple of arrays `[...]`); without it, the first `add` decides.
+            frames: that an item brings along, where items are `Transition`s of stacks of frames and
+                are added as `FramedTransitions`; 0 if they are added as they are.
 
         Raises:
             ValueError: capacity < 1, or an example that is no NamedTuple of arrays.
         """
-        self._ring = Ring(capacity, example)
+        self._ring = _ring(capacity, example, frames)
         self._rng = np.random.default_rng(seed)
 
     def __len__(self) -> int:
@@ -135,6 +145,7 @@ class PrioritizedReplay(Generic[ItemsT]):
         seed: int = 0,
         *,
         example: ItemsT | None = None,
+        frames: float = 0.0,
     ) -> None:
         """Empty replay for `capacity` items.
 
@@ -144,6 +155,7 @@ class PrioritizedReplay(Generic[ItemsT]):
             importance_exponent: β >= 0, where `sample` is not given another.
             seed: of the draws.
             example: one item (NamedTuple of arrays `[...]`); without it, the first `add` decides.
+            frames: that an item brings along, as for `UniformReplay`.
 
         Raises:
             ValueError: capacity < 1, a negative exponent, or an example that is no NamedTuple of
@@ -152,7 +164,7 @@ class PrioritizedReplay(Generic[ItemsT]):
         for name, value in (("priority", priority_exponent), ("importance", importance_exponent)):
             if not 0.0 <= value < np.inf:
                 raise ValueError(f"{name}_exponent must be finite and at least 0, not {value}")
-        self._ring = Ring(capacity, example)
+        self._ring = _ring(capacity, example, frames)
         self._tree = SumTree(capacity)
         self._rng = np.random.default_rng(seed)
         self._max_priority = 1.0
@@ -295,6 +307,10 @@ class PrioritizedReplay(Generic[ItemsT]):
         if alive.any():
             self._tree.set(keys[alive] % self.capacity, scaled[alive])
             self._max_priority = max(self._max_priority, float(priorities[alive].max()))
+
+
+def _ring(capacity: int, example: ItemsT | None, frames: float) -> Ring[ItemsT]:
+    return FrameRing(capacity, example, frames) if frames else Ring(capacity, example)
 
 
 def _generator(state: Mapping[str, Any]) -> np.random.Generator:

@@ -155,12 +155,14 @@ class MemorySettings(NamedTuple):
     example: Any = None
     """One item, a NamedTuple of arrays `[...]`; without it the first that comes decides, and a
     memory that is loaded does not know the type's name until then."""
+    frames: float = 0.0
+    """Where items come as `FramedTransitions`: frames that each brings along. Needs an example."""
 
     def make(self, seed: int) -> "UniformReplay[Any] | PrioritizedReplay[Any]":
         """An empty memory."""
         if not self.prioritized:
-            return UniformReplay(self.capacity, seed, example=self.example)
-        how = {"seed": seed, "example": self.example}
+            return UniformReplay(self.capacity, seed, example=self.example, frames=self.frames)
+        how: Any = {"seed": seed, "example": self.example, "frames": self.frames}
         return PrioritizedReplay(self.capacity, self.priority_exponent, **how)
 
 

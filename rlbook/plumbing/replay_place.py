@@ -1,6 +1,6 @@
 """Where a system's replay memory is: in shards of its own, or on a Redis server.
 
-with opened(runtime, config, settings, example, row_bytes) as replay:   a `Replay`, for the driver
+with opened(runtime, config, settings, example) as replay:   a `Replay`, for the driver
 """
 
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rlbook.data import tree_nbytes
+from rlbook.parts.frame_ring import stored_bytes
 from rlbook.plumbing.memory_shard import MemorySettings
 from rlbook.plumbing.replay_server import Replay, ShardedReplay
 from rlbook.plumbing.runtime import Runtime
@@ -36,6 +37,7 @@ def opened(
         _require_same(config.replay, memory, settings.capacity, exponent)
     if config.replay == "shards":
         sizes = {"batch": config.batch_size, "row_bytes": tree_nbytes(example)}
+        sizes["stored_bytes"] = stored_bytes(example, settings.frames)
         capacity = -(-settings.capacity // config.num_replays)  # together at least what is asked
         each = settings._replace(capacity=capacity, example=example)
         yield ShardedReplay(runtime, each, config.num_replays, seed=config.seed, **sizes)

@@ -201,7 +201,8 @@ class ShardedReplay:
         shards: R.
         seed: of all draws; shard 0 draws as a memory in this process with that seed would.
         batch: rows that "sample" is the cost of.
-        row_bytes: of an item, for hollow runs.
+        row_bytes: of an item on its way to a learner, for hollow runs.
+        stored_bytes: of an item in a shard; by default the same.
     """
 
     memory = None
@@ -215,6 +216,7 @@ class ShardedReplay:
         seed: int,
         batch: int = 1,
         row_bytes: int = 0,
+        stored_bytes: int | None = None,
     ) -> None:
         self.runtime, self.settings, self.seed = runtime, settings, seed
         full = ShardReport(settings.capacity, 1.0)
@@ -231,7 +233,8 @@ class ShardedReplay:
             },
             returns={"keep": full, "draw": drawn},
         )
-        self._nbytes = settings.capacity * shards * row_bytes
+        stored = row_bytes if stored_bytes is None else stored_bytes
+        self._nbytes = settings.capacity * shards * stored
         self.shards = [self._make(index, 0) for index in range(shards)]
         self.held, self.born = [0] * shards, [0] * shards
         """Items that each shard was given since it was made; how many died in its place."""
