@@ -295,7 +295,7 @@ class Worker(Member):
         if len(batch.action):
             loss, self.metrics = loss_function(self.network, batch, self.config)
             loss.backward()
-        self.finish()
+        self.finish(k)
         return minibatches.shares[k]
 
     def weigh(self, k: int) -> None:

@@ -274,7 +274,7 @@ class Actor(Bundle):
         sequences, q = found
         batch, values = as_tensors(sequences), torch.from_numpy(q)
         errors = td_errors(values, values, batch, self.config)
-        return Made(sequences, priority(errors, batch, self.config))
+        return Made(sequences, priority(errors, batch, self.config).numpy())
 
 
 class Learner(ReplayLearner):

@@ -32,7 +32,8 @@ class Away(nn.Module):
     def forward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and values, on the host."""
         logits, values = self.network(there(observation, self.device))
-        return logits.cpu(), values.cpu()
+        both = torch.cat([logits, values.unsqueeze(-1)], -1).cpu()  # they come together
+        return both[..., :-1], both[..., -1]
 
 
 class ActorCopy:

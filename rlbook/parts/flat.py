@@ -43,7 +43,8 @@ class Flat:
         if not self.gradients.is_cuda:
             return self.clip(max_norm)
         norm = torch.linalg.vector_norm(self.gradients)
-        self.gradients.mul_((max_norm / norm.clamp(min=1e-30)).clamp(max=1.0))
+        scale = max_norm / norm.double().clamp(min=1e-30)  # as finely as the host divides
+        self.gradients.mul_(scale.clamp(max=1.0).to(norm.dtype))
         return norm
 
 

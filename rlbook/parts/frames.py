@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlbook.parts.on_device import there
+
 
 def packed(rows: Sequence[np.ndarray]) -> np.ndarray:
     """The frames of an unroll: `[R + k − 1, B, H, W]`.
@@ -39,7 +41,7 @@ def restacked(frames: Tensor, first: np.ndarray) -> Tensor:
     rows = torch.stack([frames[age : age + count] for age in range(planes)], 2)
     hidden = before_an_episode(first, planes)
     if hidden.any():
-        where = [torch.from_numpy(index).to(frames.device) for index in np.nonzero(hidden)]
+        where = [there(index, frames.device) for index in np.nonzero(hidden)]
         rows[tuple(where)] = 0
     return rows
 

@@ -73,11 +73,10 @@ class Normalizer(nn.Module):
 
     def forward(self, observation: Tensor) -> Tensor:
         """`[N, ...]` → the same, normalised; as it came until something has been merged."""
-        if not self.rows.any():
-            return observation
         scale = (self.moments.variance + self.epsilon).rsqrt()
         centred = observation - self.mean.to(observation.dtype)
-        return (centred * scale.to(observation.dtype)).clamp(-LIMIT, LIMIT)
+        normalised = (centred * scale.to(observation.dtype)).clamp(-LIMIT, LIMIT)
+        return torch.where(self.rows > 0, normalised, observation)  # no `if`: a GPU would be asked
 
 
 class Normalized(nn.Module):

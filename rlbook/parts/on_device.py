@@ -6,19 +6,22 @@
 
 On one GPU that learns and acts, the learner's kernels are on one stream and those of acting on
 another of higher priority, so that a small forward pass need not wait until a large update is over.
-Copies of rows come from pinned memory, so that they are on their stream too.
+Copies of rows come from pinned memory, so that they are on their stream too. What is bool stays
+on the host: it says where episodes begin, and an LSTM's way through them is found there.
 """
 
 import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
 from rlbook.parts.flat import Flat
+
+Name = TypeVar("Name")
 
 
 def there(array: Any, device: torch.device) -> torch.Tensor:
@@ -61,11 +64,18 @@ def on_host(state: Any) -> Any:
     return state
 
 
-def numbers(metrics: dict[str, Any]) -> dict[str, float]:
+def numbers(metrics: dict[Name, Any]) -> dict[Name, float]:
     """Metrics as plain numbers: those that are tensors of one number come to the host together."""
     found = {name: one for name, one in metrics.items() if isinstance(one, torch.Tensor)}
     values = torch.stack([one.detach() for one in found.values()]).tolist() if found else []
     return {**metrics, **dict(zip(found, values, strict=True))}
+
+
+def means(found: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Of several updates' metrics: those that are tensors come to the host together."""
+    known = numbers({(k, name): one for k, row in enumerate(found) for name, one in row.items()})
+    names = found[0] if found else ()
+    return {name: float(np.mean([known[k, name] for k in range(len(found))])) for name in names}
 
 
 def widened(tensor: torch.Tensor) -> torch.Tensor:
@@ -88,6 +98,8 @@ class OnDevice:
         self.network = copy.deepcopy(network).to(self.device)
         self._flat = Flat(self.network)
         self._stream = torch.cuda.Stream(self.device, priority=-1) if self.cuda else None
+        if self._stream is not None:  # what was made so far, was made on another
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
         self.refresh()
 
     def refresh(self) -> None:
@@ -110,6 +122,8 @@ class OnDevice:
         if isinstance(row, tuple):
             return tuple(map(self._there, row))
         tensor = torch.from_numpy(np.require(row, None, "W"))
+        if tensor.dtype == torch.bool:  # where episodes begin is looked up on the host
+            return tensor
         return self._pinned(tensor).to(self.device, non_blocking=self.cuda)
 
     def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:

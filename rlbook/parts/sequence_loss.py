@@ -10,7 +10,6 @@ in the loss nor in the priority.
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -51,16 +50,17 @@ def learnt(batch: Sequence, config: Any) -> Tensor:
     return batch.valid[config.burn_in_length :][: config.sequence_length]
 
 
-def priority(errors: Tensor, batch: Sequence, config: Any) -> np.ndarray:
+def priority(errors: Tensor, batch: Sequence, config: Any) -> Tensor:
     """p of each sequence, `[N]`; a little more, so that none is never drawn again."""
     mix, valid = config.priority_mix, learnt(batch, config)
-    return sequence_priority(errors, mix=mix, valid=valid).cpu().numpy() + 1e-6
+    return sequence_priority(errors, mix=mix, valid=valid) + 1e-6
 
 
 def sequence_loss(
     online: nn.Module, target: nn.Module, sample: Sample[Sequence], config: Any
-) -> tuple[Tensor, np.ndarray, dict[str, float]]:
-    """Weighted Huber losses, a mean over valid steps; the sequences' priorities `[N]`; metrics.
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Weighted Huber losses, a mean over valid steps; the sequences' priorities `[N]`; metrics. All
+    are where the network is: nothing is waited for.
 
     Args:
         online: network that is learnt.
@@ -78,5 +78,5 @@ def sequence_loss(
     errors, valid = td_errors(q, q_target, batch, config), learnt(batch, config)
     weights = there(sample.weights, device).to(errors)
     loss = masked_mean(weights * huber(errors), valid)
-    error = masked_mean(errors.detach().abs(), valid).item()
-    return loss, priority(errors, batch, config), {"loss": loss.item(), "td_error_mean": error}
+    error = masked_mean(errors.detach().abs(), valid)
+    return loss, priority(errors, batch, config), {"loss": loss.detach(), "td_error_mean": error}

@@ -330,9 +330,12 @@ class Member(Alive):
         if self.config.normalize_observations:
             self.network.normalizer.note([one.observations for one in statistics])
 
-    def finish(self) -> None:
-        """Waits until a GPU has done what it was told: what comes then can be timed."""
-        if self.device.type == "cuda":
+    def finish(self, k: int) -> None:
+        """Waits until a GPU has done what it was told for the k-th minibatch: what comes then can
+        be timed. Alone, with nobody to meet between minibatches, behind the last one only.
+        """
+        last = k == self.config.minibatches - 1
+        if self.device.type == "cuda" and (last or self.pace.size > 1):
             torch.cuda.synchronize(self.device)
 
     def traffic(self, env_steps: int) -> dict[str, float]:

@@ -16,6 +16,7 @@ by the rows that they are means of, and all make the same step.
 """
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from torch import nn
 
 from rlbook.data import tree_map
 from rlbook.parts.flat import Flat
-from rlbook.parts.on_device import numbers, on_host, there
+from rlbook.parts.on_device import means, numbers, on_host, there
 from rlbook.plumbing.devices import DeviceFields, HostCopy, autocast, compiled, device_here
 from rlbook.plumbing.learner_group import Ranked, Share, Vector, combined
 from rlbook.plumbing.memory_shard import Part, shares, whole
@@ -86,19 +87,18 @@ class _Draw:
     def priorities(self) -> np.ndarray:
         """`[rows]`, new, when all updates are made."""
         priorities = np.empty(self.rows.size)
-        for rows, found in zip(self.rows, self.found, strict=True):
-            priorities[rows] = fetched(found.priorities)
+        priorities[self.rows.reshape(-1)] = fetched([one.priorities for one in self.found])
         return priorities
 
     def means(self) -> dict[str, float]:
         """Of all metrics."""
-        found = [numbers(one.metrics) for one in self.found]
-        return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+        return means([one.metrics for one in self.found])
 
 
-def fetched(values: Any) -> np.ndarray:
-    """An array, or a tensor wherever it is, as an array."""
-    return values.cpu().numpy() if isinstance(values, torch.Tensor) else values
+def fetched(values: Sequence[Any]) -> np.ndarray:
+    """Arrays, or tensors wherever they are, one after the other; they come together."""
+    tensors = isinstance(values[0], torch.Tensor)
+    return torch.cat(list(values)).cpu().numpy() if tensors else np.concatenate(values)
 
 
 class ReplayLearner(Ranked):
@@ -161,7 +161,7 @@ class ReplayLearner(Ranked):
     def update(self, batch: Part) -> tuple[np.ndarray, dict[str, float]]:
         """One update, with the others if they have met: new priorities `[rows]`, and metrics."""
         found = self._moved(self.gradient(batch))
-        return fetched(found.priorities), numbers(found.metrics)
+        return fetched([found.priorities]), numbers(found.metrics)
 
     def learn(self, *parts: Part) -> tuple[Any, ...]:
         """All updates of a draw: metrics (means), weights for actors or None, each shard's

@@ -20,7 +20,7 @@ from rlbook.data import Unroll
 from rlbook.parts.central_acting import QOutput, ladder
 from rlbook.parts.envs import Episode
 from rlbook.parts.flat import Flat
-from rlbook.parts.on_device import on_host
+from rlbook.parts.on_device import means, on_host
 from rlbook.parts.replay import PrioritizedReplay, Sample
 from rlbook.parts.sequence_loss import priority, sequence_loss, td_errors
 from rlbook.parts.sequences import Rows, SequenceCutter, as_tensors
@@ -144,18 +144,20 @@ class SequencePeer(Peer):
         """By place."""
         self.updates = 0
 
-    def fit(self, sample: Sample[Any]) -> tuple[np.ndarray, dict[str, float]]:
-        """One step of the optimiser: (the sequences' new priorities `[N]`, metrics)."""
+    def fit(self, sample: Sample[Any]) -> tuple[np.ndarray, dict[str, Any]]:
+        """One step of the optimiser: (the sequences' new priorities `[N]`, metrics). Of a GPU the
+        priorities alone are waited for, without which nothing can be drawn.
+        """
         with autocast(self.config, self.device):
             loss, priorities, found = sequence_loss(self.network, self.target, sample, self.config)
         self.flat.gradients.zero_()
         loss.backward()
-        norm = self.flat.clip(self.config.max_gradient_norm)
+        norm = self.flat.clipped(self.config.max_gradient_norm)
         self.optimizer.step()
         self.updates += 1
         if self.updates % self.config.target_period == 0:
             self.flat_target.vector.copy_(self.flat.vector)
-        return priorities, {**found, "gradient_norm": norm}
+        return priorities.cpu().numpy(), {**found, "gradient_norm": norm}
 
     def backward(self, *unrolls: Unroll) -> tuple[float, dict[str, Any]]:
         """Keeps the unrolls and learns as often as is owed for them: no gradient is left, but means
@@ -170,9 +172,8 @@ class SequencePeer(Peer):
             priorities, metrics = self.fit(sample)
             self.memory.update_priorities(sample.keys, priorities)
             found.append(metrics)
-        means = {name: float(np.mean([one[name] for one in found])) for name in (found or [{}])[0]}
-        means |= {"learner_steps": len(found), "replay_size": float(len(self.memory))}
-        return 1.0, means
+        counts = {"learner_steps": len(found), "replay_size": float(len(self.memory))}
+        return 1.0, means(found) | counts
 
     def step(self, env_steps: int) -> dict[str, float]:
         """Nothing: all steps are made."""
@@ -186,7 +187,7 @@ class SequencePeer(Peer):
             sequences, q = found
             batch, values = as_tensors(sequences), torch.from_numpy(q)
             errors = td_errors(values, values, batch, self.config)
-            self.memory.add(sequences, priority(errors, batch, self.config))
+            self.memory.add(sequences, priority(errors, batch, self.config).numpy())
         self.limiter.insert(rows.action.size / self.config.sequence_length, len(self.memory))
 
     def state_dict(self) -> dict[str, Any]:
