@@ -268,8 +268,9 @@ def make_inference(config: Config, index: int = 0) -> Inference:
     devices = config.inference_devices or config.device.split(",")
     device, replays = own_device(devices[index % len(devices)], index), config.learner == "r2d2"
     kind = partial(CentralQ, epsilon=config.epsilons) if replays else CentralSampler
-    agent, seed = kind(network, device=str(device)), config.seed
-    return Inference(agent, flat.vector.numpy(), config.unroll_length, partial(place_seed, seed))
+    agent, seed = kind(network, device=str(device)), partial(place_seed, config.seed)
+    planes = 1 if replays else make_game(config, 1, config.seed).planes
+    return Inference(agent, flat.vector.numpy(), config.unroll_length, seed, planes)
 
 
 class Server(CentralServer):
@@ -418,7 +419,9 @@ def on_streams(config: Config, stack: ExitStack) -> Any:
 def by_calls(config: Config, parameters: np.ndarray, runtime: Runtime) -> Any:
     """The second wiring: workers, server and learners on a runtime."""
     parts = EnvWorker, Server, LEARNERS[config.learner]
-    return called(runtime, *parts, config, parameters, row_bytes((config.env_id,)))
+    tasks = (config.env_id,)
+    sizes = row_bytes(tasks), row_bytes(tasks, packed=config.learner == "vtrace")
+    return called(runtime, *parts, config, parameters, sizes)
 
 
 def train(config: Config, runtime: Runtime | None = None) -> Result:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rlbook.data import AgentOutput
+from rlbook.data import AgentOutput, EnvOutput
 from rlbook.plumbing.central import Central
 from rlbook.plumbing.inference import Inference
 from rlbook.plumbing.learner_group import Vector
@@ -88,3 +88,17 @@ def certificate(folder: Path) -> Tls:
         capture_output=True,
     )
     return Tls(files[0], files[1], "localhost")
+
+
+def stacks(steps: int, copies: int = 2, planes: int = 4, seed: int = 0) -> list[EnvOutput]:
+    """Rows as an emulator gives them: shifted by one frame, or zeros before an episode's first."""
+    rng = np.random.default_rng(seed)
+    stack, rows = rng.integers(0, 256, (copies, planes, 3, 5), np.uint8), []
+    for _ in range(steps):
+        first = rng.random(copies) < 0.3
+        newest = rng.integers(0, 256, (copies, 1, 3, 5), np.uint8)
+        stack = np.concatenate([stack[:, 1:], newest], 1)
+        stack[first, :-1] = 0
+        reward = rng.normal(size=copies).astype(np.float32)
+        rows.append(EnvOutput(stack, reward, np.ones(copies, np.float32), first))
+    return rows

@@ -31,7 +31,7 @@ from rlbook.plumbing.inference import Who
 from rlbook.plumbing.runtime import ActorDiedError, RayRuntime
 from rlbook.plumbing.sequence_learner import scored
 from rlbook.plumbing.virtual import VirtualRuntime
-from tests.counters import register
+from tests.counters import register, stacked_envs
 from tests.runs import assert_same_run, ctrl_c_at, same_parameters
 from tests.seeds import certificate
 
@@ -46,6 +46,7 @@ QUICK = sr.Config(
     total_env_steps=4_000,
     log_every_env_steps=500,
 )
+FRAMES = replace(QUICK, env_id="test/Frames-v0", num_workers=3, unroll_length=7)
 SYNC = replace(QUICK, update_rule="sync", unrolls_in_flight=1, unrolls_per_batch=2)
 STREAMS = replace(QUICK, wiring="unix")
 
@@ -100,6 +101,27 @@ def test_without_lag_it_is_impala_bit_for_bit(wiring, changes):
     assert np.array_equal(mine.curves["loss"], theirs.curves["loss"])
     assert mine.metrics["episode_return_mean"] == theirs.metrics["episode_return_mean"]
     assert not same_parameters(mine, trained_by_impala(replace(config, seed=2)))
+
+
+@pytest.mark.parametrize("actors", [1, 2])
+def test_a_frame_told_once_teaches_what_whole_stacks_teach(monkeypatch, actors):
+    """Through episodes' ends and resets; a checkpoint in between keeps whole stacks."""
+    register()
+    changes = {"num_workers": actors, "unrolls_per_batch": actors, "total_env_steps": 2_000}
+    config = replace(SYNC, env_id="test/Frames-v0", **changes)
+    whole, seen = train(config), []
+    monkeypatch.setattr(sr, "make_envs", stacked_envs)
+    told_once = train(config)
+    assert told_once.learner_steps > 10 and same_parameters(whole, told_once)
+    backward = sr.Learner.backward
+
+    def noting(self, *unrolls):
+        seen.extend(unroll.env_outputs.observation.shape for unroll in unrolls)
+        return backward(self, *unrolls)
+
+    monkeypatch.setattr(sr.Learner, "backward", noting)
+    train(replace(config, total_env_steps=500))
+    assert set(seen) == {(config.unroll_length + 4, config.num_envs, 2, 3)}
 
 
 def test_a_batch_of_all_workers_is_impala_but_for_the_last_bits():
@@ -483,11 +505,15 @@ def test_ctrl_c_ends_a_run_on_streams_in_good_order(tmp_path):
         replace(QUICK, num_workers=3, optimizer="adam", inference_batch=16),
         replace(QUICK, num_workers=3, unrolls_per_batch=4, num_learners=2),
         replace(QUICK, num_workers=3, lstm_size=8, unroll_length=7),
+        FRAMES,
     ],
-    ids=["sync", "async", "learners", "memory"],
+    ids=["sync", "async", "learners", "memory", "frames"],
 )
 def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, monkeypatch, config):
     """The power fails after a checkpoint; what is resumed ends as if it had not."""
+    register()
+    if config.env_id == FRAMES.env_id:
+        monkeypatch.setattr(sr, "make_envs", stacked_envs)
     config = replace(config, checkpoint_every_s=0.05, anneal_learning_rate=True)
     end_as_if_it_had_not_failed(tmp_path, monkeypatch, config)
 

@@ -355,7 +355,9 @@ class Central:
 
 
 def report_of(unroll: Unroll, episodes: list[Episode], row_bytes: int | None = None) -> Report:
-    """What there is to say of an unroll, of whose rows so many bytes came (None: all)."""
+    """What there is to say of an unroll whose rows came as so many bytes each (None: those that
+    they have there).
+    """
     env_steps, outputs, steps = int(unroll.valid.sum()), unroll.env_outputs, len(unroll.valid)
     # Each row came once (the last one is in two unrolls), and its actions went back.
     wire = (row_bytes or tree_nbytes(outputs) // (steps + 1)) * steps

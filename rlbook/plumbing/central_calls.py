@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rlbook.data import EnvOutput, Unroll
+from rlbook.data import EnvOutput, Unroll, tree_nbytes
 from rlbook.plumbing.central import Report, Stepped, report_of
 from rlbook.plumbing.central_flow import CentralFlow
 from rlbook.plumbing.deeds import StandIn
@@ -25,7 +25,7 @@ class CentralServer(Inference):
         """Takes in the row that ends an unroll."""
         unroll = self.observe(who, row)
         assert unroll is not None, "driver and server count the same rows"
-        return report_of(unroll, []), unroll
+        return report_of(unroll, [], tree_nbytes(row)), unroll
 
     def answer(
         self, weights: Vector | None, whose: list[Who], *rows: EnvOutput | None
@@ -49,7 +49,7 @@ def called(
     learner: type,
     config: Any,
     parameters: np.ndarray,
-    row_bytes: int,
+    row_bytes: tuple[int, int],
 ) -> CentralFlow:
     """Workers, server and learners on a runtime, and the flow between them.
 
@@ -64,9 +64,9 @@ def called(
         learner: a `Peer`.
         config: of the system; see `CentralFlow`.
         parameters: `[P]`, to begin with.
-        row_bytes: of one copy's row, in a hollow run.
+        row_bytes: of one copy's row, as it comes and in an unroll, in a hollow run.
     """
-    metered, rows = isinstance(runtime, RayRuntime), StandIn(row_bytes * config.num_envs)
+    metered, rows = isinstance(runtime, RayRuntime), StandIn(row_bytes[0] * config.num_envs)
     said = (Stepped(None, []), rows)
     workers = runtime.remote(
         worker, costs={"step": {"env_step": 1}}, returns={"step": said, "here": said}, spread=True
@@ -80,7 +80,7 @@ def called(
                 None,
                 *[action] * len(whose),
             ),
-            "finish": (Report(steps, [], {}), StandIn(row_bytes * steps)),
+            "finish": (Report(steps, [], {}), StandIn(row_bytes[1] * steps)),
         },
     )
     acting = [serving.remote(config, index) for index in range(config.num_inference)]

@@ -19,8 +19,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 
 from rlbook.data import EnvOutput, Unroll
+from rlbook.parts.frames import restacked
 from rlbook.plumbing.learner_group import Vector
 from rlbook.plumbing.param_server import Alive
 
@@ -105,6 +107,45 @@ class Waiting:
         return gone
 
 
+class Page:
+    """The rows of an unroll, as they are written down.
+
+    Args:
+        like: one of them, of any values, `[B]`.
+        rows: how many there is room for.
+        planes: k, where observations are stacks of frames and each is written once, as
+            `parts.frames.packed` says; 1 where observations are written as they are.
+    """
+
+    def __init__(self, like: EnvOutput, rows: int, planes: int) -> None:
+        self.older = planes - 1
+        shapes = [(rows, *np.shape(column)) for column in like]
+        if self.older:
+            copies, _, *frame = np.shape(like.observation)
+            shapes[0] = rows + self.older, copies, *frame
+        kinds = [np.asarray(column).dtype for column in like]
+        self.columns = EnvOutput(*map(np.empty, shapes, kinds))
+        """`[rows, B, ...]`; observations with frames are `[rows + k − 1, B, H, W]`."""
+        self._rows = self.columns._replace(observation=self.columns.observation[self.older :])
+
+    def write(self, index: int, row: EnvOutput) -> None:
+        """Row `index`; where it is 0, all its frames."""
+        if self.older:
+            if index == 0:
+                self.columns.observation[: self.older] = row.observation[:, :-1].swapaxes(0, 1)
+            row = row._replace(observation=row.observation[:, -1])
+        for column, values in zip(self._rows, row, strict=True):
+            column[index] = values
+
+    def rows(self, count: int) -> list[np.ndarray]:
+        """Copies of the columns up to a row, with whole observations."""
+        found = [column[:count].copy() for column in self._rows]
+        if self.older:
+            frames = torch.from_numpy(self.columns.observation[: count + self.older])
+            found[0] = restacked(frames, found[3]).numpy()
+        return found
+
+
 class Slot:
     """What is known of one group of copies.
 
@@ -114,14 +155,21 @@ class Slot:
         state: recurrent, before its first row; or None.
         said: type of what the agent says.
         unroll_length: T.
+        planes: of `Page`.
     """
 
     def __init__(
-        self, who: Who, rng: np.random.Generator, state: Any, said: Any, unroll_length: int
+        self,
+        who: Who,
+        rng: np.random.Generator,
+        state: Any,
+        said: Any,
+        unroll_length: int,
+        planes: int = 1,
     ) -> None:
         self.place, self.run_id = who
         self.rng, self.state = rng, state
-        self._said, self._length = said, unroll_length
+        self._said, self._length, self._planes = said, unroll_length, planes
         self.begun_with = state
         """The state before row 0."""
         self.row: EnvOutput | None = None
@@ -133,8 +181,8 @@ class Slot:
         """Of the parameters that said it."""
         self.begins = True
         """No unroll of this slot is finished yet."""
-        self._written: EnvOutput | None = None
-        """Rows `[T + 1, B]`, those that are kept."""
+        self._written: Page | None = None
+        """The rows that are kept."""
         self._ended: Any = None
 
     @property
@@ -165,10 +213,10 @@ class Slot:
         unroll, ended, self._ended = None, self._ended, None
         if ended is not None:
             assert self._written is not None
-            _write(self._written, self._length, self.row)
+            self._written.write(self._length, self.row)
             said, state, versions, begins = ended
             unroll = Unroll(
-                self._written,
+                self._written.columns,
                 self._said(*map(_stacked, zip(*said, strict=True))),
                 state,
                 actor=self.place,
@@ -176,20 +224,17 @@ class Slot:
                 begins=begins,
             )
         if unroll is not None or self._written is None:
-            self._written = EnvOutput(
-                *[np.empty((self._length + 1, *np.shape(x)), np.asarray(x).dtype) for x in self.row]
-            )
-        _write(self._written, self.count - 1, self.row)
+            self._written = Page(self.row, self._length + 1, self._planes)
+        self._written.write(self.count - 1, self.row)
         return unroll
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, as plain values and arrays."""
-        rows = [column[: self.count].copy() for column in self._written or ()]
         return {
             "run_id": self.run_id,
             "rng": self.rng.bit_generator.state,
             "states": [self.state, self.begun_with],
-            "rows": rows,
+            "rows": self._written.rows(self.count) if self._written is not None else [],
             "said": [tuple(one) for one in self.said],
             "versions": list(self.versions),
             "begins": self.begins,
@@ -215,11 +260,6 @@ def _stacked(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate(arrays).reshape(len(arrays), *arrays[0].shape)
 
 
-def _write(rows: EnvOutput, index: int, row: EnvOutput) -> None:
-    for column, values in zip(rows, row, strict=True):
-        column[index] = values
-
-
 class Inference(Alive):
     """Slots, and the agent that acts for them. Not for several threads at once.
 
@@ -228,6 +268,7 @@ class Inference(Alive):
         vector: `[P]`, the memory of the agent's parameters; copied to from new weights.
         unroll_length: T.
         seed: (place, run_id) → of a slot's draws.
+        planes: of `Page`.
     """
 
     def __init__(
@@ -236,8 +277,10 @@ class Inference(Alive):
         vector: np.ndarray,
         unroll_length: int,
         seed: Callable[[int, int], int],
+        planes: int = 1,
     ) -> None:
         self.agent, self.vector, self.unroll_length, self.seed = agent, vector, unroll_length, seed
+        self.planes = planes
         self.slots: dict[int, Slot] = {}
         """By place."""
         self.version = 0
@@ -262,7 +305,8 @@ class Inference(Alive):
         if slot is None or slot.run_id != who.run_id:
             rng = np.random.default_rng([self.seed(who.place, who.run_id), 1])
             state, said = self.agent.initial_state(len(row.first)), self.agent.said
-            slot = self.slots[who.place] = Slot(who, rng, state, said, self.unroll_length)
+            kept = self.unroll_length, self.planes
+            slot = self.slots[who.place] = Slot(who, rng, state, said, *kept)
         slot.observe(row)
         return slot
 
@@ -306,7 +350,8 @@ class Inference(Alive):
         self.slots = {}
         for place, kept in state["slots"]:
             rng, said = np.random.default_rng(0), self.agent.said
-            slot = self.slots[place] = Slot(Who(place, 0), rng, None, said, self.unroll_length)
+            sizes = self.unroll_length, self.planes
+            slot = self.slots[place] = Slot(Who(place, 0), rng, None, said, *sizes)
             slot.load_state_dict(kept)
 
     def _note(self, slot: Slot, output: Any) -> None:

@@ -138,8 +138,8 @@ class Line:
         """Its own handler is at work and sends what is in the outbox."""
         self.peer: Any = None
         self._writing = False
-        self._beside: asyncio.Task[None] | None = None
-        """Sends what others than the handler had sent."""
+        self._beside: set[asyncio.Task[None]] = set()
+        """They send what others than the handler had sent."""
 
     def reply(self, group: int, action: np.ndarray | None) -> None:
         """Sends a group its actions, or to rest."""
@@ -152,8 +152,10 @@ class Line:
         """Has a message sent."""
         self.heard = time.monotonic()
         self.outbox.append(message)
-        if not self.inline and (self._beside is None or self._beside.done()):
-            self._beside = asyncio.get_running_loop().create_task(self.flush())
+        if not self.inline and not self._writing:
+            task = asyncio.get_running_loop().create_task(self.flush())
+            self._beside.add(task)
+            task.add_done_callback(self._beside.discard)
 
     async def flush(self) -> None:
         """Sends what is in the outbox, in order, unless somebody is at it: he sends all."""
@@ -174,8 +176,8 @@ class Line:
         """
         self.inline = True
         self.outbox.clear()
-        if self._beside is not None:
-            await asyncio.wait([self._beside])
+        if self._beside:
+            await asyncio.wait(self._beside)
 
 
 class StreamServer:

@@ -13,13 +13,14 @@ from rlbook.parts.acting import Sampler, make_actor_critic
 from rlbook.parts.central_acting import CentralQ, CentralSampler
 from rlbook.parts.envs import make_envs
 from rlbook.parts.flat import Flat
+from rlbook.parts.frames import restacked
 from rlbook.parts.recurrent_q import make_q_network
 from rlbook.parts.unroll import collect_unroll
 from rlbook.plumbing.devices import refuse_devices
 from rlbook.plumbing.inference import Inference, Request, Waiting, Who
 from rlbook.plumbing.learner_group import Vector
 from tests.counters import register
-from tests.seeds import echoing, newer
+from tests.seeds import echoing, newer, stacks
 
 # -- batches ---------------------------------------------------------------------------------------
 
@@ -215,6 +216,29 @@ def test_its_state_is_all_there_is_to_know():
             assert np.array_equal(a.agent_state[0], b.agent_state[0])
             assert np.array_equal(a.agent_outputs.logits, b.agent_outputs.logits)
         assert np.array_equal(one.act([3])[0], two.act([3])[0])
+
+
+@pytest.mark.parametrize("saved_after", range(1, 7))
+def test_an_unroll_has_each_frame_once_after_a_checkpoint_too(saved_after):
+    """Six rows make an unroll of four steps and begin another; the next ends in the third."""
+    made, rows, found = echoing(), stacks(12), []
+    made.planes, whole = 4, echoing()
+    for count, row in enumerate(rows, 1):
+        mine, theirs = made.observe(Who(0, 0), row), whole.observe(Who(0, 0), row)
+        for one in (made, whole):
+            one.act([0])
+        if count == saved_after:
+            state, made = made.state_dict(), echoing()
+            made.planes = 4
+            made.load_state_dict(state)
+        if mine is not None:
+            found.append(mine)
+            frames = mine.env_outputs.observation
+            assert frames.shape == (4 + 4, 2, 3, 5)
+            stack = restacked(torch.from_numpy(frames), mine.env_outputs.first).numpy()
+            assert np.array_equal(stack, theirs.env_outputs.observation)
+            assert np.array_equal(mine.env_outputs.reward, theirs.env_outputs.reward)
+    assert len(found) == 2
 
 
 def test_it_acts_with_the_newest_parameters():

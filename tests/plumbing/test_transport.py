@@ -22,10 +22,10 @@ from rlbook.plumbing import seed_pb2 as pb
 from rlbook.plumbing import transport
 from rlbook.plumbing.central import Finished
 from rlbook.plumbing.stream_worker import Lost, open_channel, play, status
-from rlbook.plumbing.streams import SERVICE, StreamServer, StreamSettings, check_address
+from rlbook.plumbing.streams import SERVICE, Line, StreamServer, StreamSettings, check_address
 from rlbook.plumbing.transport import Refused, Schema, Track, hello, introduced
 from tests.counters import register
-from tests.seeds import QUICK, central, certificate, serving
+from tests.seeds import QUICK, central, certificate, serving, stacks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCHEMA = Schema((3,), "f4", 3)
@@ -331,6 +331,44 @@ def test_groups_of_a_worker_take_turns(tmp_path):
     assert places == {0, 1}
 
 
+class Slow:
+    """A stream whose writes take their time, one after the other."""
+
+    def __init__(self) -> None:
+        self.sent, self.busy = [], False
+
+    async def write(self, message):
+        assert not self.busy, "two at once"
+        self.busy = True
+        await asyncio.sleep(0.01)
+        self.busy = False
+        self.sent.append(message)
+
+
+def test_a_line_sends_one_message_at_a_time_and_falls_silent_after_it():
+    async def talk():
+        line = Line(stream := Slow())
+        line.inline = True  # as its handler does
+        line.send(b"1")
+        line.inline = False
+        mine = asyncio.create_task(line.flush())
+        await asyncio.sleep(0)
+        for message in (b"2", b"3"):  # and others, while it is at it
+            line.send(message)
+            await asyncio.sleep(0.002)
+        await mine
+        line.send(b"4")
+        await asyncio.sleep(0.002)
+        line.send(b"never")
+        await line.quieten()
+        assert not stream.busy
+        line.send(b"never")
+        await asyncio.sleep(0.02)
+        return stream.sent
+
+    assert asyncio.run(talk()) == [b"1", b"2", b"3", b"4"]
+
+
 def test_the_timeline_has_the_steps_of_an_unroll_that_was_never_finished():
     made, answers = central(num_workers=1, groups=1), []
     peer = made.join(
@@ -624,20 +662,6 @@ def test_who_has_unrolls_that_wait_is_held_after_a_rest_too(tmp_path):
 
 
 # -- stacks of frames ------------------------------------------------------------------------------
-
-
-def stacks(steps: int, copies: int = 2, planes: int = 4, seed: int = 0) -> list[EnvOutput]:
-    """Rows as an emulator gives them: shifted by one frame, or zeros before an episode's first."""
-    rng = np.random.default_rng(seed)
-    stack, rows = rng.integers(0, 256, (copies, planes, 3, 5), np.uint8), []
-    for _ in range(steps):
-        first = rng.random(copies) < 0.3
-        newest = rng.integers(0, 256, (copies, 1, 3, 5), np.uint8)
-        stack = np.concatenate([stack[:, 1:], newest], 1)
-        stack[first, :-1] = 0
-        reward = rng.normal(size=copies).astype(np.float32)
-        rows.append(EnvOutput(stack, reward, np.ones(copies, np.float32), first))
-    return rows
 
 
 @pytest.mark.parametrize("planes", [1, 2, 4])
