@@ -130,6 +130,7 @@ def _config(system: str | None, words: list[str], command: str) -> Any:
     """A system's config from its preset (or the run to resume) and the flags in `words`."""
     from rlbook.harness.run import load_config, system_module
     from rlbook.harness.systems import SYSTEMS
+    from rlbook.parts.stored import reading
 
     if system is None:
         raise ValueError(f"{command}: name a system, one of {', '.join(SYSTEMS)}")
@@ -144,7 +145,8 @@ def _config(system: str | None, words: list[str], command: str) -> Any:
         stored, name = load_config(Path(chosen.resume))
         if name != system:
             raise ValueError(f"resume: {chosen.resume} is a run of {name}, not of {system}")
-        base = replace(stored, resume=chosen.resume, run_dir=None)
+        with reading():  # its GPU may not be here: the flags may name another device
+            base = replace(stored, resume=chosen.resume, run_dir=None)
     else:
         presets = getattr(module, "PRESETS", {"default": module.Config()})
         preset = "default" if chosen.preset is None else chosen.preset

@@ -13,8 +13,11 @@ C = TypeVar("C", bound="BaseConfig")
 
 RUN_FIELDS = frozenset(
     {"run_dir", "resume", "stop_at_return", "progress", "checkpoint_every_s", "log_every_env_steps"}
+    | {"device", "compile", "learner_backend", "gpus_per_learner", "inference_devices"}
+    | {"ray_address"}
 )
-"""Fields that may differ between a run and its continuation (with the length of the run)."""
+"""Fields that may differ between a run and its continuation (with the length of the run): what is
+kept of it, and where it is computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +166,9 @@ def config_from_json(config_type: type[C], values: dict[str, Any], source: Path)
 
 
 def refuse_changes(stored: BaseConfig, config: BaseConfig) -> None:
-    """ValueError if a continued run changes anything but its length and its bookkeeping."""
+    """ValueError if a continued run changes anything but its length, its bookkeeping and
+    its place.
+    """
     allowed = RUN_FIELDS | {"total_env_steps"}
     fields = [field.name for field in dataclasses.fields(config) if field.name not in allowed]
     changed = [name for name in fields if getattr(stored, name) != getattr(config, name)]

@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 
-from rlbook import dqn, policy_gradient, ppo
+from rlbook import dppo, dqn, policy_gradient, ppo
 from rlbook.harness.config import RunConfig, config_from_json, config_to_json, refuse_changes
 
 HERE = Path("config.json")
@@ -84,6 +84,8 @@ def test_a_damaged_document_is_refused_with_its_path(values):
 def test_a_continued_run_may_only_get_longer():
     stored = ppo.Config()
     refuse_changes(stored, dataclasses.replace(stored, total_env_steps=1, stop_at_return=3.0))
+    elsewhere = dataclasses.replace(dppo.Config(), device="auto", compile=True)
+    refuse_changes(dppo.Config(), elsewhere)
     with pytest.raises(ValueError, match="clip was 0.2"):
         refuse_changes(stored, dataclasses.replace(stored, clip=0.3))
     with pytest.raises(ValueError, match="seed was 1"):
