@@ -22,6 +22,7 @@ from benchmarks import (
     common,
     dppo,
     envs,
+    frames,
     gorila,
     gpu,
     impala,
@@ -124,6 +125,17 @@ def test_figures_of_replay_take_the_worst_row() -> None:
     found = replay.figures(rows)
     assert [line["measured"] for line in found] == pytest.approx([4.5, 250_000, 90_000, None])
     assert [line["reached"] for line in found] == [False, True, False, False]
+
+
+def test_frames(tmp_path: Path) -> None:
+    document = written(frames, tmp_path)
+    kinds = [(row["what"], row["how"]) for row in document["rows"]]
+    assert kinds == [(what, how) for what in ("transitions", "sequences") for how in frames.HOW]
+    assert all(row["made/s"] > 0 and row["drawn/s"] > 0 for row in document["rows"])
+    for whole, once in zip(document["rows"][::2], document["rows"][1::2], strict=True):
+        assert once["bytes sent"] <= once["bytes kept"] <= 1.01 * once["bytes sent"]
+        assert whole["bytes drawn"] == whole["bytes sent"] > 3 * once["bytes sent"]
+    assert [row["reached"] for row in document["targets"]] == [True] * 4
 
 
 def test_codecs(tmp_path: Path) -> None:

@@ -7,7 +7,10 @@ in reach when they were written, and results/ says which records exist. Where co
 - A step of Pong took 0.24 ms of the core that it was tried on, so that 14 such cores step about
   58,000 times a second if they do nothing else. SEED RL's workers do nothing else. Actors that act
   by themselves need 0.2 ms more for the convolutions of a row, and 1.5 ms for the deep network's.
-- A stack of frames is 28 KB: a row of SEED RL's, and half a transition of a replay memory.
+- A stack of frames is 28 KB, of which 7 KB are new. Replay memories keep each frame once for each
+  chunk or sequence that it comes in: 8.8 KB a transition of Ape-X's (56 KB of whole stacks), 0.49
+  MB a sequence of R2D2's (1.84 MB). At 128 GiB the memories below leave room: for a checkpoint, as
+  much again in Ray's object store, and once more beside R2D2's.
 - `log_every_env_steps` is some tenths of a second of training; checkpoints with a replay memory of
   frames take minutes, so that there is one at the end alone, and only with a run folder.
 - Evaluations, of 100 games side by side, are made on the cores, hence `torch_threads`.
@@ -67,7 +70,7 @@ APEX: dict[str, Any] = {
     "num_envs": 16,
     "unroll_length": 25,  # chunks of 400 transitions
     "num_replays": 2,
-    "replay_capacity": 400_000,  # 23 GB
+    "replay_capacity": 2_000_000,  # 16.4 GiB; 105 GiB of whole stacks
     "learning_starts": 20_000,
     "samples_per_insert": 2.0,
     "rate_tolerance": 16_384,
@@ -81,7 +84,8 @@ APEX: dict[str, Any] = {
     "optimizer_epsilon": 1.5e-7,
     "max_gradient_norm": 40.0,
 }
-"""The paper's, in a memory that fits, with shorter waits for the first update."""
+"""The paper's, with shorter waits for the first update. An actor sends 9 KB a step; what is drawn
+travels as whole stacks, 113 KB for each step taken."""
 
 R2D2: dict[str, Any] = {
     **GPU,
@@ -97,7 +101,7 @@ R2D2: dict[str, Any] = {
     "updates_per_call": 1,
     "broadcast_period": 4,
     "samples_per_insert": 1.5,
-    "replay_capacity": 10_000,  # 18 GB
+    "replay_capacity": 50_000,  # 22.6 GiB; 86 GiB of whole stacks
     "learning_starts": 1_000,
     "learning_rate": 1e-4,
     "optimizer_epsilon": 1e-3,
@@ -105,7 +109,8 @@ R2D2: dict[str, Any] = {
     "lstm_size": 512,
     "num_replays": 2,
 }
-"""The paper's with sequences of half the length, so that a batch is 120 MB of frames."""
+"""The paper's with sequences of half the length: a batch is 31 MB of frames on its way, and 117 MB
+of stacks on the GPU."""
 
 DPPO: dict[str, Any] = {
     **GPU,
