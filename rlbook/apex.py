@@ -21,7 +21,8 @@ there); acting and learning are held to a ratio, where the paper lets both run f
 forgets the oldest at once, not every 100 updates; a draw may hold the batches of several updates,
 whose priorities return together; k learners (`num_learners`, one there) each take 1/k of every
 batch and make the same steps. An actor or a shard that dies is replaced; when a learner dies the
-run ends, and its checkpoint goes on. The score is that of the copies that explore least.
+run ends, and its checkpoint goes on. The score is that of the copies that explore least. Shards of
+stacked frames keep each frame once, for each chunk that it comes in (the paper compresses them).
 
 Book: chapter 10
 """
@@ -74,7 +75,8 @@ class Config(LearnerFields, RunConfig):
     unroll_length: int = 25
     """Vector steps of a chunk: what an actor sends at once (50 transitions in the paper)."""
     replay: Literal["shards", "redis"] = "shards"
-    """Processes of our own, or a Redis server, which actors and learner speak to themselves."""
+    """Processes of our own, or a Redis server, which actors and learner speak to themselves; there
+    stacks of frames lie whole."""
     num_replays: int = 1
     """R, shards of the replay memory (1 in the paper; 4 in RLlib's)."""
     prioritized: bool = True

@@ -12,7 +12,8 @@ Drawing, new priorities and making room happen inside the server (redis_replay.l
 round trip. The memory outlives every process that uses it, and, as far as the server's persistence
 promises (`rlbook.plumbing.redis_server`), the server itself: clients go on trying while it is
 restarted, and a call whose answer got lost is repeated without counting twice. One server, that is:
-a cluster of Redis would have to know all keys of the script beforehand.
+a cluster of Redis would have to know all keys of the script beforehand. A row holds an item whole,
+stacks of frames too: to keep each frame once (`rlbook.parts.frame_ring`) takes shards of our own.
 """
 
 from __future__ import annotations
