@@ -8,7 +8,8 @@
 Every storage has a label, "cpu" or "cuda:k"; what an operation makes has the label of what it read.
 
     Refused   what CUDA answers with an error: tensors of two devices in one operation, `numpy()` of
-              a GPU's tensor, pinning it, a sum of gloo over it, pickling it, a CPU's generator
+              a GPU's tensor, pinning it, a sum of gloo over it, pickling it, a CPU's generator,
+              an LSTM's state in another order
     Race      what CUDA does wrong without a word: a pinned buffer written to while its copy is on
               the way, or read (by PyTorch) before its copy is there; a tensor used on a stream that
               does not wait for the one on which it was made
@@ -651,6 +652,9 @@ class Calls(TorchFunctionMode):
         if gpu.labels:
             places = map(gpu.where, tensors_in((*args, *kwargs.values())))
             found = next((place for place in places if place != CPU), CPU)
+        if found != CPU and getattr(func, "__name__", "") == "lstm":
+            if not all(part.is_contiguous() for part in args[1]):
+                raise Refused("rnn: hx is not contiguous")
         return self.within(found, func, args, kwargs)
 
     def within(self, device: torch.device, func: Any, args: Any, kwargs: Any) -> Any:

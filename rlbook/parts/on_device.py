@@ -54,9 +54,11 @@ def joined(arrays: Sequence[np.ndarray], axis: int, device: torch.device) -> Any
 
 
 def on_host(state: Any) -> Any:
-    """A tree of dicts, lists and tuples with all its tensors on the CPU."""
+    """A tree of dicts, lists and tuples with copies of all its tensors on the CPU: a count of steps
+    is there already, and goes on.
+    """
     if isinstance(state, torch.Tensor):
-        return state.cpu()
+        return state.to("cpu", copy=True)
     if isinstance(state, dict):
         return {key: on_host(value) for key, value in state.items()}
     if isinstance(state, list | tuple):
