@@ -22,7 +22,7 @@ forgets the oldest at once, not every 100 updates; a draw may hold the batches o
 whose priorities return together; k learners (`num_learners`, one there) each take 1/k of every
 batch and make the same steps. An actor or a shard that dies is replaced; when a learner dies the
 run ends, and its checkpoint goes on. The score is that of the copies that explore least. Shards of
-stacked frames keep each frame once, for each chunk that it comes in (the paper compresses them).
+stacked frames keep each frame once, for each chunk that it comes in.
 
 Book: chapter 10
 """

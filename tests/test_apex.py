@@ -448,6 +448,19 @@ def test_frames_are_told_once_only_in_shards_and_only_of_stacks(monkeypatch):
         work()
 
 
+def test_a_hollow_chunk_is_as_heavy_as_one_of_frames_told_once(monkeypatch):
+    register()
+    config = replace(FRAMES, total_env_steps=3_000, update_rule="sync")
+    cluster, sent = Cluster(nodes=(Node(cores=8),), costs=apex.COSTS), []
+    for make in (apex.make_envs, stacked_envs):
+        monkeypatch.setattr(apex, "make_envs", make)
+        with VirtualRuntime(1, cluster, hollow=True) as runtime:
+            result = apex.train(config, runtime)
+            sent.append(runtime.nbytes)
+    less = apex.item_bytes(config) - apex.kept_bytes(config)
+    assert sent[0] - sent[1] == pytest.approx(less * result.env_steps, rel=0.1)
+
+
 def test_the_ratio_is_known_in_every_row():
     """Also where no update came between two rows, or none at all."""
     result = train(replace(QUICK, total_env_steps=40))

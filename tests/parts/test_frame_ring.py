@@ -157,12 +157,19 @@ def test_of_atari_each_frame_is_kept_once():
 
 def test_what_comes_from_another_process_is_not_held_on_to():
     replay, pairs = filled()
-    one = pairs[-1][1][0]
+    state = replay.state()
     expected = replay.sample(50).items
-    replay.load_state({**replay.state(), "rng": np.random.default_rng(0).bit_generator.state})
     for _, small in pairs:
         small[0].frames[:] = 0
+    replay.load_state({**replay.state(), "rng": state["rng"]})
     assert same(replay.sample(50).items, expected)
+    other = filled(40)[0]
+    state["frames"] = [frames.copy() for frames in state["frames"]]
+    other.load_state(state)
+    for frames in state["frames"]:
+        frames[:] = 0
+    assert same(other.sample(50).items, expected)
+    one = pairs[-1][1][0]
     one.frames.flags.writeable = False  # as arrays from another process are
     replay.add(one)
 
