@@ -1,5 +1,6 @@
 """Holds the whole test session, notebooks included, to leaving no Ray process behind."""
 
+import os
 import signal
 import time
 
@@ -22,8 +23,13 @@ BEFORE = ray_pids()
 
 
 def pytest_configure() -> None:
-    """Ctrl-C reaches the tests of it also where the shell runs us in the background, deaf to it."""
+    """Ctrl-C reaches the tests of it also where the shell runs us in the background, deaf to it.
+
+    And a GPU multiplies in float32: by itself it takes TF32 for convolutions and LSTMs, whose 11
+    bits would not agree with the CPU's 24. (By the environment, for subprocesses too.)
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -79,7 +79,7 @@ def trained(
     if until_solved:
         words += ["--stop-at-return", str(GOAL)]
     if asked.rehearse:
-        tiny = f"--total-env-steps {TINY_STEPS} --torch-threads 1 --device cpu"
+        tiny = f"--total-env-steps {TINY_STEPS} --torch-threads 1"
         return [*words, *SMALL[system].split(), *tiny.split()]
     if (rate := measured_rate(asked.results / f"gpu-{system}-throughput")) is not None:
         words += ["--total-env-steps", str(int(rate * seconds))]

@@ -10,6 +10,7 @@ the next. Torso and heads see time folded into the batch; the LSTM alone runs ov
 stretches between resets.
 """
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,6 +21,10 @@ from rlbook.data import AgentOutput, Unroll
 from rlbook.parts.frames import restacked
 from rlbook.parts.networks import make_torso
 from rlbook.parts.on_device import there, widened
+
+# `Flat` keeps the LSTM's weights among all others. cuDNN wants them alone: it copies them at every
+# call, some megabytes on the GPU, which takes microseconds, and warns of it.
+warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
 
 State = tuple[Tensor, Tensor]
 """(h, c): hidden state and cell of the LSTM, `[B, H]` each."""

@@ -42,7 +42,9 @@ class DeviceFields:
     """Where learners are: "cpu", "cuda", "cuda:1" (of several, "cuda:0,cuda:1", each takes the
     next), or "auto", a GPU if there is one."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the forward pass; parameters, targets and sums stay float32 (float32 in the papers)."""
+    """Of the forward pass; parameters, targets and sums stay float32 (float32 in the papers). On a
+    GPU PyTorch lets convolutions and LSTMs of float32 round what they multiply to 11 bits (TF32),
+    unless the environment says NVIDIA_TF32_OVERRIDE=0."""
     compile: bool = False
     """Let torch.compile make kernels for the network that learns; it takes a minute."""
     learner_backend: Literal["auto", "nccl", "gloo"] = "auto"
