@@ -17,13 +17,14 @@ Every storage has a label, "cpu" or "cuda:k"; what an operation makes has the la
 A copy to the host that is not waited for fills its target when somebody waits for its stream, a
 later event or the device: until then the target holds NaN.
 
-What it cannot tell: how CUDA rounds; how long anything takes; what another thread does (the two
-modes are of one thread); memory that goes back to PyTorch's allocator while another stream uses it;
+What it cannot tell: how CUDA rounds; how long anything takes; what another process does; memory
+that goes back to PyTorch's allocator while another stream uses it;
 NCCL; `torch.compile`. Operations inside one call of PyTorch are not asked where they make scratch
 memory. A real GPU has the last word: `pytest -m cuda`.
 """
 
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -149,8 +150,23 @@ def join(clock: Clock, other: Clock) -> None:
             clock[stream] = number
 
 
+class Here(threading.local):
+    """What each thread has for itself."""
+
+    def __init__(self, streams: list[PretendedStream]) -> None:
+        self.streams = list(streams)
+        """The current one of each device."""
+        self.current = 0
+        """Device."""
+        self.off = 0
+        self.number_set = False
+        """A plain number is being written by `x[…] = number`: CUDA needs no copy of it."""
+        self.made_on: list[torch.device] = [CPU]
+        """Where PyTorch makes things within a call."""
+
+
 class PretendedGPU:
-    """So many GPUs in this thread, within a `with`."""
+    """So many GPUs in this thread and in those that begin meanwhile, within a `with`."""
 
     def __init__(self, count: int = 1) -> None:
         self.number_of_gpus = count
@@ -158,17 +174,13 @@ class PretendedGPU:
         self.known: Clock = {}
         """What the host knows to be done."""
         self.streams: list[PretendedStream] = []
-        self.current = 0
-        """Device."""
+        self.here: Here
+        """Of the thread that asks."""
+        self.lock = threading.RLock()
         self.syncs: Counter[str] = Counter()
         """Place in our code, and what waited there → how often."""
         self.up = self.down = 0
         """Bytes to devices, and from them."""
-        self.off = 0
-        self.number_set = False
-        """A plain number is being written by `x[…] = number`: CUDA needs no copy of it."""
-        self.made_on: list[torch.device] = [CPU]
-        """Where PyTorch makes things within a call."""
         self._exits = ExitStack()
 
     # -- the world -----------------------------------------------------------------------------
@@ -177,12 +189,14 @@ class PretendedGPU:
         stack = self._exits
         stream = type("Stream", (PretendedStream,), {"gpu": self})
         self.event = type("Event", (PretendedEvent,), {"gpu": self})
-        self.current_streams = [stream(k) for k in range(self.number_of_gpus)]
+        # The first ones do not ask where they are made.
+        self.here = Here([])
+        self.here = Here([stream(k) for k in range(self.number_of_gpus)])
         names: dict[str, Any] = {
             "is_available": lambda: True,
             "is_initialized": lambda: True,
             "device_count": lambda: self.number_of_gpus,
-            "current_device": lambda: self.current,
+            "current_device": lambda: self.here.current,
             "set_device": self.set_device,
             "current_stream": self.current_stream,
             "default_stream": lambda device=None: self.streams[self.place(device, "cuda").index],
@@ -213,6 +227,13 @@ class PretendedGPU:
         stack.enter_context(acceptable)
         for kind, name in ((Tensor, "_reduce_ex_internal"), (nn.Parameter, "__reduce_ex__")):
             stack.enter_context(patch.object(kind, name, self._kept_here(getattr(kind, name))))
+        run = threading.Thread.run
+
+        def seen(thread: threading.Thread) -> None:
+            with Operations(self), Calls(self):
+                run(thread)
+
+        stack.enter_context(patch.object(threading.Thread, "run", seen))
         stack.enter_context(Operations(self))
         stack.enter_context(Calls(self))
         return self
@@ -239,7 +260,7 @@ class PretendedGPU:
             device = torch.device("cuda", device)
         found = torch.device(without if device is None else device)
         if found.type == "cuda":
-            found = torch.device("cuda", self.current if found.index is None else found.index)
+            found = torch.device("cuda", self.here.current if found.index is None else found.index)
             if found.index >= self.number_of_gpus:
                 raise Refused(f"CUDA error: invalid device ordinal: {found}")
             return found
@@ -247,11 +268,11 @@ class PretendedGPU:
 
     def set_device(self, device: Any) -> None:
         """As `torch.cuda.set_device`."""
-        self.current = self.place(device, "cuda").index
+        self.here.current = self.place(device, "cuda").index
 
     def current_stream(self, device: Any = None) -> PretendedStream:
         """Of a device."""
-        return self.current_streams[self.place(device, "cuda").index]
+        return self.here.streams[self.place(device, "cuda").index]
 
     @contextmanager
     def on_stream(self, stream: PretendedStream | None) -> Iterator[None]:
@@ -259,10 +280,10 @@ class PretendedGPU:
         if stream is None:
             yield
             return
-        before = self.current, self.current_streams[stream.device.index]
-        self.current, self.current_streams[stream.device.index] = stream.device.index, stream
+        before = self.here.current, self.here.streams[stream.device.index]
+        self.here.current, self.here.streams[stream.device.index] = stream.device.index, stream
         yield
-        self.current, self.current_streams[stream.device.index] = before
+        self.here.current, self.here.streams[stream.device.index] = before
 
     def synchronize(self, device: Any = None) -> None:
         """The host waits for all streams of a device."""
@@ -296,11 +317,10 @@ class PretendedGPU:
             self.labels.pop(storage._cdata, None)
         else:
             # A number is not given to another storage as long as a weak reference is kept.
-            self.labels[storage._cdata] = Label(storage, device, pinned)
-            if len(self.labels) % 500 == 0:
-                self.labels = {
-                    key: one for key, one in self.labels.items() if not one.kept.expired()
-                }
+            with self.lock:
+                self.labels[storage._cdata] = Label(storage, device, pinned)
+                if len(self.labels) % 500 == 0:
+                    self.labels = {k: v for k, v in self.labels.items() if not v.kept.expired()}
         return tensor
 
     # -- time ----------------------------------------------------------------------------------
@@ -317,11 +337,12 @@ class PretendedGPU:
 
     def learn(self, clock: Clock) -> None:
         """The host knows that all of this is over."""
-        join(self.known, clock)
-        for stream in self.streams:
-            done = self.known.get(stream.number, 0)
-            while stream.under_way and stream.under_way[0][0] <= done:
-                stream.under_way.pop(0)[1]()
+        with self.lock:
+            join(self.known, clock)
+            for stream in self.streams:
+                end = self.known.get(stream.number, 0)
+                while stream.under_way and stream.under_way[0][0] <= end:
+                    stream.under_way.pop(0)[1]()
 
     def wait(self, what: str, device: torch.device) -> None:
         """The host waits for the current stream."""
@@ -446,11 +467,11 @@ class PretendedGPU:
     @contextmanager
     def raw(self) -> Iterator[None]:
         """Within, all is as if there were no such GPU."""
-        self.off += 1
+        self.here.off += 1
         try:
             yield
         finally:
-            self.off -= 1
+            self.here.off -= 1
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -513,16 +534,16 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         gpu, kwargs = self.gpu, kwargs or {}
-        if gpu.off:
+        if gpu.here.off:
             return func(*args, **kwargs)
         with gpu.raw():
             inputs = list(tensors_in((*args, *kwargs.values())))
             labels = [gpu.label(one) for one in inputs]
             if not any(labels):
                 made = func(*args, **kwargs)
-                if not inputs and gpu.made_on[-1] != CPU:
+                if not inputs and gpu.here.made_on[-1] != CPU:
                     for one in tensors_in([made]):
-                        gpu.put(one, gpu.made_on[-1])
+                        gpu.put(one, gpu.here.made_on[-1])
                 return made
             return self._done(func, args, kwargs, inputs, labels)
 
@@ -531,7 +552,7 @@ class Operations(TorchDispatchMode):
         if kind.name == "copy_":
             target, source, *later = args
             if gpu.where(target) != gpu.where(source):
-                if gpu.number_set and source.ndim == 0 and gpu.label(source) is None:
+                if gpu.here.number_set and source.ndim == 0 and gpu.label(source) is None:
                     return self._filled(target, source)
                 gpu.copy(target, source, bool(later[0] if later else kwargs.get("non_blocking")))
                 return target
@@ -573,7 +594,7 @@ class Operations(TorchDispatchMode):
                 continue
             if kind.name in INDEXING and first == device and one is not args[0]:
                 value = args[2] if len(args) > 2 else None
-                if one is value and one.ndim == 0 and self.gpu.number_set:
+                if one is value and one.ndim == 0 and self.gpu.here.number_set:
                     continue
                 if one is not value or one.ndim == 0:
                     self.gpu.up += one.nbytes
@@ -642,7 +663,7 @@ class Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         gpu, kwargs = self.gpu, kwargs or {}
-        if gpu.off:
+        if gpu.here.off:
             return func(*args, **kwargs)
         if (own := self.own.get(func)) is not None:
             return own(*args, **kwargs)
@@ -659,11 +680,11 @@ class Calls(TorchFunctionMode):
 
     def within(self, device: torch.device, func: Any, args: Any, kwargs: Any) -> Any:
         """A call that makes what it makes there."""
-        self.gpu.made_on.append(device)
+        self.gpu.here.made_on.append(device)
         try:
             return func(*args, **kwargs)
         finally:
-            self.gpu.made_on.pop()
+            self.gpu.here.made_on.pop()
 
     def make(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A tensor somewhere."""
@@ -733,11 +754,11 @@ class Calls(TorchFunctionMode):
 
     def set_item(self, one: Tensor, index: Any, value: Any) -> None:
         """As `x[index] = value`."""
-        self.gpu.number_set = not isinstance(value, Tensor)
+        self.gpu.here.number_set = not isinstance(value, Tensor)
         try:
             self.within(self.gpu.where(one), one.__setitem__, (index, value), {})
         finally:
-            self.gpu.number_set = False
+            self.gpu.here.number_set = False
 
     def deepcopy(self, one: Tensor, memo: Any) -> Tensor:
         """Where the original is."""

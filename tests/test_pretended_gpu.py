@@ -347,6 +347,16 @@ def test_who_acts_by_numpy_on_the_host_acts_by_pytorch_on_a_gpu(config):
     assert torch.allclose(vector(host), vector(there), atol=1e-5)
 
 
+def test_two_threads_share_a_gpu():
+    """One learns, one acts on a stream of its own: as they come, so that no two runs are alike."""
+    config = replace(SEED, wiring="unix", num_workers=1, lstm_size=8, total_env_steps=400)
+    with PretendedGPU() as gpu:
+        result = seed_rl.train(replace(config, device="cuda"))
+        assert {stream.clock[stream.number] > 10 for stream in gpu.streams} == {True}
+    assert len(gpu.streams) == 2 and result.learner_steps > 3
+    assert vector(result).isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["impala", "seed_rl, LSTM", "r2d2", "apex", "apex_dpg", "dppo"])
 @pytest.mark.parametrize(("first", "then"), [("cuda", "cpu"), ("cpu", "cuda")])
 def test_a_run_goes_on_on_another_device(name, first, then, tmp_path):
