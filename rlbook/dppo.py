@@ -330,9 +330,9 @@ class Worker(Member):
 
     def receive(self, weights: Sequence[Weights]) -> None:
         """Takes over parameters of a server."""
-        host = self.flat.vector.cpu()
+        host = torch.zeros(len(self.flat.vector), dtype=self.flat.vector.dtype)
         put_weights(host.numpy(), weights)
-        self.flat.vector.copy_(host)
+        self.flat.vector.copy_(there(host, self.device))
 
     def rollout(self, steps: int, *weights: Weights) -> tuple[Report, Statistics]:
         """With a server: so many steps of all copies with these parameters."""

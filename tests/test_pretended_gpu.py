@@ -12,6 +12,7 @@ How often a learner waits for its GPU, in steady state:
 """
 
 import pickle
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -269,6 +270,7 @@ REPLAY = {"batch_size": 8, "updates_per_call": 2, "samples_per_insert": 2.0, "ta
 REPLAY |= {"hidden_sizes": (8,), "num_replays": 2, "broadcast_period": 2}
 STEPS = {"unroll_length": 5, "num_envs": 4, "total_env_steps": 300}
 CHUNKS = {**SMALL, **REPLAY, **STEPS, "learning_starts": 32, "rate_tolerance": 80}
+CHUNKS |= {"total_env_steps": 200}
 REACH = "test/Reach-v0"
 assert QUICK_DPG, "its module registers that"
 IMPALA = impala.Config(**SMALL, **STEPS)
@@ -491,6 +493,34 @@ def test_waits_of_those_who_act(gpu):
         assert counted(gpu, partial(agent.act, *rows)) == 1
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("name", ["impala", "impala, LSTM", *on_replay.SYSTEMS])
+def test_a_gpu_counts_no_more_waits(name):
+    """By PyTorch's own count, which knows nothing of events and streams that are waited for."""
+    system, _, memory = name.partition(", ")
+    if system == "impala":
+        config = replace(on_learners.CONFIG, lstm_size=8 * bool(memory), device="cuda")
+        batch, learner = on_learners.batch_of(config), impala.Learner(config)
+        update = partial(learner.update, [0], *batch)
+    else:
+        module, config = on_replay.SYSTEMS[system]
+        (shard,) = on_replay.shards_of(module, config, 1)
+        parts = on_replay.narrowed(shard.draw(24, 1.0))[1:]
+        config = replace(config, device="cuda", broadcast_period=1_000)
+        update = partial(module.Learner(config).learn, *parts)
+    for _ in range(3):
+        update()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            update()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [one for one in found if "synchronizing CUDA operation" in str(one.message)]
+    assert len(waits) <= (1 if system == "impala" else 2)
+
+
 # -- parts, presets, benchmarks --------------------------------------------------------------------
 
 ON_A_GPU: dict[str, Callable[[], Any]] = {
@@ -612,6 +642,13 @@ def test_a_copy_on_a_stream_of_its_own_waits_for_what_it_is_made_of(gpu, monkeyp
     monkeypatch.setattr(torch.cuda.Stream, "wait_stream", lambda self, other: None)
     with pytest.raises(Race, match="written on stream"):
         on_device.OnDevice(network, HERE)
+
+
+def test_answers_that_were_not_waited_for_are_none(gpu, monkeypatch):
+    there, seen = on_device.OnDevice(ActorCritic((4,), 2, (8,)), HERE), np.zeros((3, 4), "f4")
+    assert all(np.isfinite(answer).all() for answer in there(seen))
+    monkeypatch.setattr(on_device.OnDevice, "_wait", lambda self: None)
+    assert all(np.isnan(answer).all() for answer in there(seen))
 
 
 def test_a_buffer_for_all_batches_would_be_overwritten_on_its_way(gpu, monkeypatch):
