@@ -23,7 +23,7 @@ Differs from the paper: the burn-in lies before the m steps, and the n steps to 
 them, so that every step has its n-step target; an episode's first steps, whose state is known, need
 no burn-in and are learnt from too. Huber's loss, a mean over valid steps. An actor steps B copies,
 each with an ε of its own. k learners (`num_learners`, one there) each take 1/k of every batch. No
-reward or action is fed back to the network.
+reward or action is fed back to the network. A sequence of stacked frames has each frame once.
 
 Book: chapter 12
 """
