@@ -217,8 +217,9 @@ class ReplayLearner(Ranked):
             return None, None, *([None] * len(draw.parts) if draw else [])
         period = self.config.broadcast_period
         due = self.updates // period > draw.before // period
-        weights = self.newest() if due and not self.rank else None
-        priorities, means = draw.priorities(), draw.means()
+        arrived = HostCopy(self.flat).begin() if due and not self.rank else None
+        priorities, means = draw.priorities(), draw.means()  # parameters travel meanwhile
+        weights = None if arrived is None else Vector(self.updates, arrived())
         if self.memory is not None:
             assert draw.part.sample is not None
             self.memory.update_priorities(draw.part.sample.keys, priorities)
