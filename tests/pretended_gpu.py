@@ -18,9 +18,9 @@ A copy to the host that is not waited for fills its target when somebody waits f
 later event or the device: until then the target holds NaN.
 
 What it cannot tell: how CUDA rounds; how long anything takes; what another process does; memory
-that goes back to PyTorch's allocator while another stream uses it;
-NCCL; `torch.compile`. Operations inside one call of PyTorch are not asked where they make scratch
-memory. A real GPU has the last word: `pytest -m cuda`.
+that goes back to PyTorch's allocator while another stream uses it; what cuDNN, NCCL and
+`torch.compile` do in CUDA's place. Operations inside one call of PyTorch are not asked where they
+make scratch memory. A real GPU has the last word: `pytest -m cuda`.
 """
 
 import sys
