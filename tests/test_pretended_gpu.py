@@ -453,16 +453,18 @@ def test_waits_of_a_fit(gpu, lstm_size):
     assert sum(gpu.syncs.values()) == learner.updates - before + 2 > 3
 
 
-def member(workers: int) -> Any:
-    worker = dppo.Worker(replace(DPPO, num_workers=workers, device="cuda", num_envs=8), 0)
+def member(workers: int, **settings: Any) -> Any:
+    config = replace(DPPO, num_workers=workers, device="cuda", num_envs=8, **settings)
+    worker = dppo.Worker(config, 0)
     worker.collect(8)
     worker.agree(worker.statistics())
     return worker
 
 
+@pytest.mark.parametrize("observing", [False, True])
 @pytest.mark.parametrize(("workers", "waits"), [(1, 0), (2, 2)])
-def test_waits_of_a_minibatch(gpu, workers, waits):
-    worker = member(workers)
+def test_waits_of_a_minibatch(gpu, workers, waits, observing):
+    worker = member(workers, normalize_observations=observing)
     store, device = distributed.HashStore(), worker.device
     others = together.Together(store, 0, 1, device, "gloo") if workers > 1 else None
 
