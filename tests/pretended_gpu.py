@@ -354,7 +354,8 @@ class PretendedGPU:
         frame: Any = sys._getframe(1)
         while frame is not None:
             path = Path(frame.f_code.co_filename)
-            if path.is_relative_to(ROOT) and path != Path(__file__).resolve():
+            ours = path.is_relative_to(ROOT) and "site-packages" not in path.parts
+            if ours and path != Path(__file__).resolve():
                 name = f"{path.relative_to(ROOT)}:{frame.f_lineno} {frame.f_code.co_name}"
                 self.syncs[f"{name}: {what}"] += 1
                 return

@@ -220,6 +220,8 @@ def _advice(
 
     serving = SERVING.search(kind) is not None
     heavy = numbers.get("bytes_per_env_step", 0.0) >= HEAVY
+    # One system has two learners, of which one replays.
+    replays = hasattr(config, "samples_per_insert") and getattr(config, "learner", "") != "vtrace"
     lists = {
         "env": [
             *setting("num_envs", "more copies that step together cost less each"),
@@ -238,7 +240,7 @@ def _advice(
             *setting("num_learners", "more learners that share each batch"),
             *(
                 setting("samples_per_insert", "fewer draws of each step from replay")
-                if hasattr(config, "samples_per_insert")  # longer unrolls are drawn as often
+                if replays  # longer unrolls are drawn as often
                 else setting("unroll_length", "fewer and larger gradients, of longer unrolls")
             ),
             *setting("hidden_sizes", "a smaller network"),

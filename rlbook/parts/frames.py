@@ -10,12 +10,12 @@ asks the emulator. Seed RL (Espeholt et al., 2020) stacks its frames at the lear
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from rlbook.parts.on_device import there
+if TYPE_CHECKING:  # a replay memory of frames needs nothing of it
+    from torch import Tensor
 
 
 def packed(rows: Sequence[np.ndarray]) -> np.ndarray:
@@ -29,13 +29,17 @@ def packed(rows: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([older.swapaxes(0, 1), np.stack(newest)])
 
 
-def restacked(frames: Tensor, first: np.ndarray) -> Tensor:
+def restacked(frames: "Tensor", first: np.ndarray) -> "Tensor":
     """The rows `[R, B, k, H, W]` that `packed` was given, on the device of the frames.
 
     Args:
         frames: `[R + k − 1, B, H, W]`.
         first: `[R, B]` bool on the host: the rows with which an episode begins.
     """
+    import torch
+
+    from rlbook.parts.on_device import there
+
     count = len(first)
     planes = len(frames) - count + 1
     rows = torch.stack([frames[age : age + count] for age in range(planes)], 2)

@@ -246,6 +246,9 @@ def test_a_full_learner_with_replay_draws_less_often() -> None:
     assert "`samples_per_insert` (now 8.0)" in advice and "unroll_length" not in advice
     free = SimpleNamespace(unroll_length=20, samples_per_insert=None)
     assert "unroll_length" not in advice_of(explain(spans, SPLIT, free))
+    unused = SimpleNamespace(unroll_length=20, samples_per_insert=8.0, learner="vtrace")
+    advice = advice_of(explain(spans, SPLIT, unused))
+    assert "samples_per_insert" not in advice and "`unroll_length` (now 20)" in advice
     assert "`unroll_length` (now 16)" in advice_of(explain(spans, SPLIT, CONFIG))
 
 
